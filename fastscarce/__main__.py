@@ -1,0 +1,8 @@
+"""``python -m fastscarce``: the same commands as the ``fastscarce`` script."""
+
+from __future__ import annotations
+
+from fastscarce.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
