@@ -1,0 +1,111 @@
+"""Random words without state: Philox4x32-10, a block of four 32-bit words for every counter.
+
+The key is the seed; the counter is (id low, id high, view, draw) and nothing else, so that a sample's
+draws are the same in any batch, in any order and with any number of processes.
+
+Source: Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["blocks", "keyed_order", "philox4x32", "uniforms", "words64"]
+
+_MULTIPLIER_0 = np.uint64(0xD2511F53)
+_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_MASK = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+_ROUNDS = 10
+
+Words = npt.NDArray[np.uint64]
+
+
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> Words:
+    """Ten rounds of Philox4x32 over counters of one shape.
+
+    Args:
+        counter: Four uint64 arrays that broadcast to one shape, each value below 2**32.
+        key: Two integers below 2**32.
+
+    Returns:
+        uint64 ``(..., 4)``, each value a 32-bit random word.
+    """
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product_0 = c0 * _MULTIPLIER_0
+        product_1 = c2 * _MULTIPLIER_1
+        c0 = (product_1 >> _HALF) ^ c1 ^ np.uint64(k0)
+        c2 = (product_0 >> _HALF) ^ c3 ^ np.uint64(k1)
+        c1 = product_1 & _MASK
+        c3 = product_0 & _MASK
+        k0 = (k0 + _WEYL_0) & 0xFFFFFFFF
+        k1 = (k1 + _WEYL_1) & 0xFFFFFFFF
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1)
+
+
+def blocks(
+    seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, count: int
+) -> Words:
+    """The words of draws ``first`` to ``first + count - 1`` of each sample's view.
+
+    Args:
+        seed: Any integer; its low 64 bits are the key.
+        ids: int64 ``(rows,)``.
+        view: int64 ``(rows,)`` or one number, from 0 to 2**32 - 1.
+        first: The first draw's number.
+        count: How many blocks of four words.
+
+    Returns:
+        uint64 ``(rows, 4 * count)``, each value a 32-bit word.
+
+    Raises:
+        ValueError: A view is negative or above 2**32 - 1.
+    """
+    places = np.asarray(ids, dtype=np.int64).astype(np.uint64)
+    views = np.broadcast_to(np.asarray(view, dtype=np.int64), places.shape)
+    if views.size and (int(views.min()) < 0 or int(views.max()) > 0xFFFFFFFF):
+        raise ValueError(
+            "A view must be from 0 to 4294967295,"
+            f" got {int(views.min())} to {int(views.max())}."
+        )
+    draws = np.arange(first, first + count, dtype=np.uint64)
+    words = philox4x32(
+        (
+            (places & _MASK)[:, None],
+            (places >> _HALF)[:, None],
+            views.astype(np.uint64)[:, None],
+            draws[None, :],
+        ),
+        (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF),
+    )
+    return words.reshape(places.shape[0], 4 * count)
+
+
+def uniforms(
+    seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, count: int
+) -> npt.NDArray[np.float64]:
+    """float64 ``(rows, 4 * count)``, uniform in the open interval (0, 1); see `blocks`."""
+    words = blocks(seed, ids, view, first=first, count=count)
+    return (words.astype(np.float64) + 0.5) * 2.0**-32
+
+
+def words64(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, draw: int) -> Words:
+    """uint64 ``(rows,)``: one 64-bit word for each id, a keyed hash of it."""
+    words = blocks(seed, ids, view, first=draw, count=1)
+    return words[:, 0] | (words[:, 1] << _HALF)
+
+
+def keyed_order(
+    seed: int, ids: npt.ArrayLike, *, view: int, draw: int
+) -> npt.NDArray[np.int64]:
+    """Places of ``ids`` in the order of their keyed hash: a permutation that forgets the listing.
+
+    Equal hashes (one in 2**64) are ordered by id.
+    """
+    places = np.asarray(ids, dtype=np.int64)
+    return np.lexsort((places, words64(seed, places, view, draw=draw))).astype(np.int64)
