@@ -1,0 +1,164 @@
+"""Figures of a run, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from fastscarce.files import write_whole
+
+__all__ = ["confidence_png", "draw_curves", "kept_png"]
+
+# Okabe and Ito's colours, told apart under the common kinds of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+INK, GRID = "#333333", "#dddddd"
+
+
+def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Draw loss and score by step, a line a stage, into a PNG.
+
+    Args:
+        metrics: Lines of ``metrics.jsonl``: ``stage``, ``step``, and ``loss`` or ``score`` (in
+            [0, 1]). Values that are not finite and lines without these are left out.
+        path: Where the PNG is to be.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ResultsError: The file can't be written.
+    """
+    figure = Figure(figsize=(10.5, 4.0), layout="constrained", facecolor="white")
+    loss_axes, score_axes = figure.subplots(1, 2)
+    stages = list(dict.fromkeys(str(line["stage"]) for line in metrics if "stage" in line))
+    for number, stage in enumerate(stages):
+        colour = COLOURS[number % len(COLOURS)]
+        steps, losses = _series(metrics, stage, "loss")
+        if len(steps):
+            loss_axes.plot(steps, losses, color=colour, linewidth=1.8, label=stage)
+        steps, scores = _series(metrics, stage, "score")
+        if len(steps):
+            score_axes.plot(
+                steps,
+                scores,
+                color=colour,
+                linewidth=1.8,
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=5.5,
+                label=stage,
+            )
+    _dress(loss_axes, "Training loss", "step", "loss")
+    _dress(score_axes, "Score on images that trained neither", "step", "score")
+    score_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    for axes in (loss_axes, score_axes):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9)
+        else:
+            axes.text(0.5, 0.5, "nothing measured", ha="center", transform=axes.transAxes)
+    data = _png(figure)
+    return write_whole(path, lambda temporary: temporary.write_bytes(data))
+
+
+def confidence_png(confidences: NDArray[Any], chosen: NDArray[np.bool_]) -> bytes:
+    """A histogram of confidences, the chosen rows and the others stacked, as a PNG.
+
+    Args:
+        confidences: ``(n,)`` in [0, 1].
+        chosen: bool ``(n,)``.
+    """
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    values = np.asarray(confidences, dtype=np.float64)
+    axes.hist(
+        [values[chosen], values[~chosen]],
+        bins=np.linspace(0.0, 1.0, 26),
+        stacked=True,
+        color=[COLOURS[0], "#bbbbbb"],
+        edgecolor="white",
+        linewidth=0.6,
+        label=["kept", "not kept"],
+    )
+    _dress(axes, "Confidence of the pseudo-labels", "confidence", "images")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def kept_png(labels: NDArray[Any], chosen: NDArray[np.bool_], names: Sequence[str]) -> bytes:
+    """Bars of the labels of each class, the kept before all, as a PNG.
+
+    Args:
+        labels: int ``(n,)``.
+        chosen: bool ``(n,)``.
+        names: One a class. Beyond 40 classes the names give way to numbers.
+    """
+    classes = len(names)
+    height = min(3.2 + 0.16 * max(classes - 10, 0), 8.0)
+    figure = Figure(figsize=(5.2, height), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    places = np.arange(classes)
+    rows = np.asarray(labels, dtype=np.int64)
+    axes.barh(places, np.bincount(rows, minlength=classes), color="#bbbbbb", label="all")
+    kept = np.bincount(rows[chosen], minlength=classes)
+    axes.barh(places, kept, color=COLOURS[0], height=0.5, label="kept")
+    if classes <= 40:
+        shown = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+        # A dollar sign would begin a formula.
+        axes.set_yticks(places, [name.replace("$", r"\$") for name in shown], fontsize=8)
+    axes.invert_yaxis()
+    _dress(axes, "Pseudo-labels of each class", "images", "" if classes <= 40 else "class")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+    )
+    return _png(figure)
+
+
+def _series(
+    metrics: Sequence[Mapping[str, Any]], stage: str, key: str
+) -> tuple[list[int], list[float]]:
+    """Steps and finite values of one stage, lowest step first."""
+    points = sorted(
+        (int(line["step"]), float(line[key]))
+        for line in metrics
+        if str(line.get("stage")) == stage and line.get(key) is not None and "step" in line
+    )
+    points = [point for point in points if math.isfinite(point[1])]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _dress(axes: Axes, title: str, across: str, up: str) -> None:
+    """Title, names of the axes, a quiet grid and no box."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="semibold")
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure at 144 dots an inch, without a date, so that equal figures are equal bytes."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(
+        buffer, format="png", dpi=144, metadata={"Software": "fastscarce"}
+    )
+    return buffer.getvalue()
