@@ -1,0 +1,68 @@
+// Index labels of the distillation loss, the sums its means divide by, and constants of its bodies.
+// Included before kd_lanes.inl and kd_loss.inl, in the namespace of an instruction set.
+
+constexpr int64_t kChunk = 1024;      // logits, at most, that are worked on at a time
+constexpr int64_t kLaneClasses = 64;  // up to here a row is a lane
+constexpr int kHighestPower = 8;
+constexpr int kOwnExponential = -1;  // softmax(s) by an exponential of its own
+constexpr int kNoLabel = 0;
+
+template <int P, class V>
+inline V power(V x) {
+  if constexpr (P == 1) {
+    return x;
+  } else {
+    const V half = power<P / 2>(x);
+    if constexpr (P % 2 == 0)
+      return half * half;
+    else
+      return half * half * x;
+  }
+}
+
+struct Label {
+  int64_t first = -1, second = -1;  // -1: none
+  double first_share = 0, second_share = 0;
+  bool outside = false;
+};
+
+inline Label label_of(const KdCall& call, int64_t row) {
+  Label label;
+  if (!call.target) return label;
+  const double share = call.share ? double(call.share[row]) : 1.0;
+  const auto take = [&](int64_t index, double part, int64_t& place, double& place_share) {
+    if (index == call.ignore_index) return;
+    if (index < 0 || index >= call.classes) {
+      label.outside = true;
+      return;
+    }
+    place = index;
+    place_share = part;
+  };
+  take(call.target[row], share, label.first, label.first_share);
+  if (call.partner) take(call.partner[row], 1.0 - share, label.second, label.second_share);
+  return label;
+}
+
+inline KdTotals totals(const KdCall& call, int64_t begin, int64_t end) {
+  KdTotals sum;
+  if (!call.weight && !call.share && call.target) {
+    int64_t labelled = 0;
+    for (int64_t row = begin; row < end; ++row) labelled += call.target[row] != call.ignore_index;
+    sum.weight = double(end - begin);
+    sum.label = double(labelled);
+    return sum;
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const double weight = call.weight ? double(call.weight[row]) : 1.0;
+    const Label label = label_of(call, row);
+    sum.weight += weight;
+    sum.label += call.soft.data ? weight : weight * (label.first_share + label.second_share);
+  }
+  return sum;
+}
+
+template <class V, class Exponential>
+struct Kd;  // kd_loss.inl: one row at a time
+template <class V, class Exponential>
+struct Lanes;  // kd_lanes.inl: one row a lane

@@ -1,0 +1,233 @@
+// The operators kd_loss and kd_loss_backward on a CPU: tensors in, threads over rows, one sum.
+#include "kd_loss.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "../kd_arguments.h"
+#include "isa.h"
+
+namespace fastscarce::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Work below this many logits stays on one thread.
+constexpr int64_t kLogitsPerThread = 16384;
+// A row this wide is worth cutting into parts where there are fewer rows than threads.
+constexpr int64_t kWideRow = 8192;
+// Gradients from this size on are written past the caches: they would not stay in one anyway, and a
+// cached write reads its line from memory first.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+// Fresh memory from this size on is asked for in huge pages: a page fault every 4 KiB costs more
+// than the arithmetic of the 1024 logits on it.
+constexpr int64_t kHugeBytes = int64_t(4) << 20;
+
+KdKernels kernels(Dtype dtype) {
+  const bool float64 = dtype == Dtype::float64;
+#if defined(__x86_64__)
+  if (!float64) switch (isa()) {
+      case Isa::avx512:
+        return avx512::kd_kernels(false);
+      case Isa::avx2:
+        return avx2::kd_kernels(false);
+      case Isa::emulated:
+        return emulated::kd_kernels(false);
+      default:
+        break;
+    }
+#endif
+  return scalar::kd_kernels(float64);
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* operation) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      check(false, operation, "float32, float64, bfloat16 or float16 tensors");
+  }
+  return Dtype::none;
+}
+
+Matrix matrix_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), dtype_of(tensor, "kd_loss")};
+}
+
+void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kHugeBytes) return;
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// In eight interleaved double sums, the same for any number of threads.
+template <class A>
+double sum_in_order(const A* values, int64_t n) {
+  double part[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int k = 0; k < 8; ++k) part[k] += double(values[i + k]);
+  for (; i < n; ++i) part[i % 8] += double(values[i]);
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+KdTotals totals_of(const KdCall& call, const KdKernels& run) {
+  // Fixed pieces, summed in order: the same result for any number of threads.
+  constexpr int64_t piece = 32768;
+  const int64_t pieces = (call.rows + piece - 1) / piece;
+  KdTotals sum;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const KdTotals part = run.totals(call, i * piece, std::min(call.rows, (i + 1) * piece));
+    sum.weight += part.weight;
+    sum.label += part.label;
+  }
+  return sum;
+}
+
+void run_rows(const KdCall& call, const KdKernels& run) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (call.rows < threads && call.classes >= kWideRow) {
+    const int64_t parts = threads;
+    std::vector<double> workspace(size_t(run.workspace_bytes(call, parts) / 8 + 1));
+    const int64_t items = call.rows * parts;
+    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      run.part_statistics(call, parts, workspace.data(), begin, end);
+    });
+    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      run.part_gradients(call, parts, workspace.data(), begin, end);
+    });
+    return;
+  }
+  // Blocks of 16 rows keep the lanes of every thread but the last full.
+  constexpr int64_t block = 16;
+  const bool lanes = call.classes <= 64;
+  const int64_t unit = lanes ? block : 1;
+  const int64_t units = (call.rows + unit - 1) / unit;
+  const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / (unit * call.classes));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    run.rows(call, begin * unit, std::min(call.rows, end * unit));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_loss(
+    Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
+    std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
+    double temperature, double alpha, double label_smoothing, int64_t ignore_index,
+    int64_t reduction, bool with_gradient) {
+  check_kd_arguments(student, teacher, target, partner, share, weight);
+  KdCall call;
+  call.rows = student.size(0);
+  call.classes = student.size(1);
+  call.student = matrix_of(student);
+  call.temperature = temperature;
+  call.label_smoothing = label_smoothing;
+  call.ignore_index = ignore_index;
+  if (teacher) call.teacher = matrix_of(*teacher);
+  if (target && target->scalar_type() == ScalarType::Long)
+    call.target = static_cast<const int64_t*>(target->const_data_ptr());
+  else if (target)
+    call.soft = matrix_of(*target);
+  if (partner) call.partner = static_cast<const int64_t*>(partner->const_data_ptr());
+  if (share) call.share = static_cast<const float*>(share->const_data_ptr());
+  if (weight) call.weight = static_cast<const float*>(weight->const_data_ptr());
+
+  const bool float64 = call.student.dtype == Dtype::float64;
+  const bool float16 = call.student.dtype != Dtype::float32 && !float64;
+  const KdKernels run = kernels(call.student.dtype);
+  const KdTotals totals = reduction == kReductionMean ? totals_of(call, run) : KdTotals{};
+  const KdFactors factors = kd_factors(teacher.has_value(), target.has_value(), temperature, alpha,
+                                       reduction, float16, totals.weight, totals.label);
+  call.kd_loss = factors.kd_loss;
+  call.ce_loss = factors.ce_loss;
+  call.kd_gradient = factors.kd_gradient;
+  call.ce_gradient = factors.ce_gradient;
+
+  const ScalarType loss_type = float64 ? ScalarType::Double : ScalarType::Float;
+  Tensor gradient = empty_of(student, with_gradient ? call.rows : 0, call.classes);
+  const int64_t bytes = call.rows * call.classes * int64_t(gradient.element_size());
+  if (with_gradient && bytes > 0) {
+    call.gradient = gradient.mutable_data_ptr();
+    call.stream = bytes >= kStreamBytes;
+    ask_for_huge_pages(call.gradient, bytes);
+  }
+  Tensor losses = empty_of(student, call.rows, -1, loss_type);
+  call.losses = losses.mutable_data_ptr();
+  if (call.rows > 0) run_rows(call, run);
+
+  Tensor factor = empty_of(student, -1, -1, loss_type);
+  write_scalar(factor, float64, factors.factor);
+  if (reduction == kReductionNone) return {losses, gradient, factor};
+  Tensor loss = empty_of(student, -1, -1, loss_type);
+  const double sum = float64 ? sum_in_order(static_cast<const double*>(call.losses), call.rows)
+                             : sum_in_order(static_cast<const float*>(call.losses), call.rows);
+  write_scalar(loss, float64, sum);
+  return {loss, gradient, factor};
+}
+
+double read_scalar(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double
+             ? *static_cast<const double*>(tensor.const_data_ptr())
+             : double(*static_cast<const float*>(tensor.const_data_ptr()));
+}
+
+void scale(const Tensor& gradient, const Tensor& factor, const Tensor& upstream, void* out) {
+  check_kd_backward_arguments(gradient, factor, upstream);
+  const Dtype dtype = dtype_of(gradient, "kd_loss_backward");
+  const int64_t rows = gradient.size(0), classes = gradient.size(1);
+  if (rows * classes == 0) return;
+  const void* in = gradient.const_data_ptr();
+  double by = read_scalar(factor);
+  const void* row_factor = nullptr;
+  if (upstream.dim() == 1)
+    row_factor = upstream.const_data_ptr();
+  else
+    by *= read_scalar(upstream);
+  if (!row_factor && by == 1 && out == in) return;
+  if (out != in) ask_for_huge_pages(out, rows * classes * int64_t(gradient.element_size()));
+  const KdKernels run = kernels(dtype);
+  const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / classes);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    run.scale(dtype, in, out, classes, by, row_factor, begin, end);
+  });
+}
+
+Tensor kd_loss_backward(Tensor gradient, Tensor factor, Tensor upstream) {
+  Tensor out = empty_of(gradient, gradient.size(0), gradient.size(1));
+  scale(gradient, factor, upstream, out.mutable_data_ptr());
+  return out;
+}
+
+void kd_loss_backward_in_place(Tensor gradient, Tensor factor, Tensor upstream) {
+  scale(gradient, factor, upstream, gradient.mutable_data_ptr());
+}
+
+}  // namespace
+}  // namespace fastscarce::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, CPU, m) {
+  m.impl("kd_loss", TORCH_BOX(&fastscarce::cpu::kd_loss));
+  m.impl("kd_loss_backward", TORCH_BOX(&fastscarce::cpu::kd_loss_backward));
+  m.impl("kd_loss_backward_", TORCH_BOX(&fastscarce::cpu::kd_loss_backward_in_place));
+}

@@ -1,0 +1,434 @@
+// Body of the distillation loss on a CPU: one pass over student and teacher, one write of the
+// gradient.
+//
+// A row is cut into chunks of at most 1024 logits. A chunk comes from memory once and stays in L1
+// for its two sweeps: maxima, then exponentials and their sums relative to the chunk's own maxima.
+// The exponentials stay in scratch (L1 to L2 sized; 8 bytes a logit) and the gradient is made of
+// them by multiply-adds, so a logit costs two exponentials: for T = 1 ... 8 softmax(s) comes from
+// e^s = (e^(s/T))^T, any other T takes a third. DRAM traffic is the least there is: student and
+// teacher read once, the gradient written once (past the caches where the call asks).
+//
+// Included inside the namespace of an instruction set, after kd_row.h, a vec_*.inl, convert.inl and
+// kd_label.inl.
+
+template <class V, class Exponential>
+struct Kd {
+  using A = typename V::Scalar;
+  using Statistics = KdStatistics<A>;
+  using Coefficients = KdCoefficients<A>;
+  static constexpr int64_t L = V::lanes;
+
+  // Where the exponentials of a row stay, chunk after chunk.
+  struct Kept {
+    A *student, *teacher, *label;
+    Statistics* statistics;
+  };
+  struct Buffers {
+    alignas(64) A student[kChunk], teacher[kChunk], out[kChunk];
+  };
+
+  struct Setup {
+    const KdCall& call;
+    bool teacher, label, dense, smoothing, keep;
+    int power;
+    int64_t chunks, chunk;
+    A inverse_temperature, inverse_classes;
+    Exponential student_exp, label_exp;
+
+    explicit Setup(const KdCall& c)
+        : call(c),
+          teacher(c.kd_loss != 0),
+          label(c.ce_loss != 0),
+          dense(label && c.soft.data),
+          smoothing(label && c.label_smoothing != 0),
+          keep(c.gradient != nullptr),
+          student_exp(teacher ? 1.0 / c.temperature : 1.0),
+          label_exp(1.0) {
+      const double t = teacher ? c.temperature : 1.0;
+      const bool whole = t == double(int64_t(t)) && t <= kHighestPower;
+      power = !label ? kNoLabel : whole ? int(t) : kOwnExponential;
+      chunks = c.classes > kChunk ? (c.classes + kChunk - 1) / kChunk : 1;
+      chunk = ((c.classes + chunks - 1) / chunks + 15) / 16 * 16;
+      chunks = (c.classes + chunk - 1) / chunk;
+      inverse_temperature = A(1.0 / t);
+      inverse_classes = A(1.0 / double(c.classes));
+    }
+    int64_t kept_size() const { return chunks * chunk; }
+  };
+
+  static A finite(A largest) { return largest == A(-INFINITY) ? A(0) : largest; }
+
+  // ---- statistics of one chunk
+  template <int Power, bool Teacher, bool Keep>
+  static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
+                                     A* student_kept, A* teacher_kept, A* label_kept) {
+    const A lowest = A(-INFINITY);
+    const int64_t whole = n / L * L;
+    V student_top(lowest), teacher_top(lowest);
+    for (int64_t i = 0; i < whole; i += L) {
+      student_top = maximum(student_top, V::load(s + i));
+      if constexpr (Teacher) teacher_top = maximum(teacher_top, V::load(t + i));
+    }
+    if (whole < n) {
+      student_top = maximum(student_top, V::load_part(s + whole, n - whole, lowest));
+      if constexpr (Teacher)
+        teacher_top = maximum(teacher_top, V::load_part(t + whole, n - whole, lowest));
+    }
+    Statistics out = kd_empty(A(0));
+    out.student_max = finite(maximum_of(student_top));
+    out.teacher_max = Teacher ? finite(maximum_of(teacher_top)) : A(0);
+    out.count = A(n);
+
+    const V student_max(out.student_max), teacher_max(out.teacher_max), zero(A(0));
+    const Exponential student_exp = setup.student_exp, label_exp = setup.label_exp;
+    V student_sum = zero, teacher_sum = zero, label_sum = zero, gap = zero;
+    const auto step = [&](V student, V teacher, int64_t i) {
+      const V x = student - student_max;
+      const V e = student_exp(x);
+      student_sum = student_sum + e;
+      if constexpr (Keep) e.store(student_kept + i);
+      if constexpr (Power > 1) label_sum = label_sum + power<Power>(e);
+      if constexpr (Power == kOwnExponential) {
+        const V own = label_exp(x);
+        label_sum = label_sum + own;
+        if constexpr (Keep) own.store(label_kept + i);
+      }
+      if constexpr (Teacher) {
+        const V y = teacher - teacher_max;
+        const V p = student_exp(y);
+        teacher_sum = teacher_sum + p;
+        gap = multiply_add(p, zero_unless(p, y - x), gap);
+        if constexpr (Keep) p.store(teacher_kept + i);
+      }
+    };
+    for (int64_t i = 0; i < whole; i += L) step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
+    if (whole < n)
+      step(V::load_part(s + whole, n - whole, lowest),
+           Teacher ? V::load_part(t + whole, n - whole, lowest) : zero, whole);
+    out.student_sum = sum_of(student_sum);
+    out.teacher_sum = sum_of(teacher_sum);
+    out.label_sum = Power == 1 ? out.student_sum : sum_of(label_sum);
+    out.gap = sum_of(gap);
+    return out;
+  }
+
+  // Sums over all logits that only label smoothing and dense labels want; the chunk is in L1.
+  static void add_label_sums(const Setup& setup, const A* s, const A* y, int64_t n,
+                             Statistics& out) {
+    const int64_t whole = n / L * L;
+    const V student_max(out.student_max), zero(A(0));
+    if (setup.smoothing) {
+      V sum = zero;
+      for (int64_t i = 0; i < whole; i += L) sum = sum + (V::load(s + i) - student_max);
+      out.logit_sum = sum_of(sum);
+      for (int64_t i = whole; i < n; ++i) out.logit_sum += s[i] - out.student_max;
+    }
+    if (setup.dense) {
+      V mass = zero, dot = zero;
+      for (int64_t i = 0; i < whole; i += L) {
+        const V label = V::load(y + i);
+        mass = mass + label;
+        dot = multiply_add(label, zero_unless(label, V::load(s + i) - student_max), dot);
+      }
+      out.soft_mass = sum_of(mass);
+      out.soft_dot = sum_of(dot);
+      for (int64_t i = whole; i < n; ++i) {
+        out.soft_mass += y[i];
+        out.soft_dot += select(y[i], y[i] * (s[i] - out.student_max), A(0));
+      }
+    }
+  }
+
+  // ---- gradient of one chunk
+  template <int Power, bool Teacher>
+  static void chunk_gradient(const Coefficients& c, const A* student_kept, const A* teacher_kept,
+                             const A* label_kept, int64_t n, A* out, bool stream) {
+    const V student(Power == 1 ? c.student + c.label : c.student);
+    const V label(c.label), teacher(c.teacher), constant(c.constant), zero(A(0));
+    const auto value = [&](int64_t i) {
+      const V e = V::load(student_kept + i);
+      V g = Teacher ? multiply_add(teacher, V::load(teacher_kept + i), constant) : constant;
+      if constexpr (Power > 1) g = subtract_multiply(g, label, power<Power>(e));
+      if constexpr (Power == kOwnExponential)
+        g = subtract_multiply(g, label, V::load(label_kept + i));
+      return multiply_add(student, e, zero - g);
+    };
+    int64_t i = 0;
+    if (stream && n >= L) {
+      // An unaligned head that overlaps the first aligned vector, then whole vectors.
+      value(0).store(out);
+      constexpr int64_t bytes = L * int64_t(sizeof(A));
+      const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % bytes);
+      i = past ? (bytes - past) / int64_t(sizeof(A)) : 0;
+      for (; i + L <= n; i += L) value(i).stream(out + i);
+    } else {
+      for (; i + L <= n; i += L) value(i).store(out + i);
+    }
+    if (i < n) value(i).store_part(out + i, n - i);
+  }
+
+  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*);
+  using GradientFunction = void (*)(const Coefficients&, const A*, const A*, const A*, int64_t, A*,
+                                    bool);
+
+  // f<Power, Teacher>() for the call's power; without a teacher the softmax at T = 1 is the only
+  // one.
+  template <class F>
+  static auto choose(const Setup& setup, F f) {
+    if (!setup.teacher) return f.template operator()<1, false>();
+    switch (setup.power) {
+      case kNoLabel:
+        return f.template operator()<kNoLabel, true>();
+      case 1:
+        return f.template operator()<1, true>();
+      case 2:
+        return f.template operator()<2, true>();
+      case 3:
+        return f.template operator()<3, true>();
+      case 4:
+        return f.template operator()<4, true>();
+      case 5:
+        return f.template operator()<5, true>();
+      case 6:
+        return f.template operator()<6, true>();
+      case 7:
+        return f.template operator()<7, true>();
+      case 8:
+        return f.template operator()<8, true>();
+      default:
+        return f.template operator()<kOwnExponential, true>();
+    }
+  }
+  static StatisticsFunction statistics_function(const Setup& setup) {
+    return choose(setup, [&]<int Power, bool Teacher>() -> StatisticsFunction {
+      if (setup.keep) return &chunk_statistics<Power, Teacher, true>;
+      return &chunk_statistics<Power, Teacher, false>;
+    });
+  }
+  static GradientFunction gradient_function(const Setup& setup) {
+    return choose(setup, []<int Power, bool Teacher>() -> GradientFunction {
+      return &chunk_gradient<Power, Teacher>;
+    });
+  }
+
+  // ---- one row
+  static KdWeights<A> weights_of(const KdCall& call, const Label& label, int64_t row) {
+    const double weight = call.weight ? double(call.weight[row]) : 1.0;
+    return {A(weight * call.kd_loss),
+            A(weight * call.ce_loss),
+            A(weight * call.kd_gradient),
+            A(weight * call.ce_gradient),
+            A(label.first_share + label.second_share),
+            A(0)};
+  }
+  static bool counts(const Setup& setup, const KdWeights<A>& w) {
+    return w.kd_loss != 0 || (w.ce_loss != 0 && (setup.dense || w.label_mass != 0));
+  }
+
+  static void statistics(const Setup& setup, StatisticsFunction function, int64_t row,
+                         int64_t first, int64_t last, const Kept& kept, Buffers& buffers) {
+    const KdCall& call = setup.call;
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t from = k * setup.chunk;
+      const int64_t n = std::min(setup.chunk, call.classes - from);
+      const A* s = read_row<A>(call.student, row, from, n, buffers.student);
+      const A* t =
+          setup.teacher ? read_row<A>(call.teacher, row, from, n, buffers.teacher) : nullptr;
+      kept.statistics[k] =
+          function(setup, s, t, n, kept.student + from, kept.teacher + from, kept.label + from);
+      if (setup.smoothing || setup.dense) {
+        const A* y = setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
+        add_label_sums(setup, s, y, n, kept.statistics[k]);
+      }
+    }
+  }
+
+  static Coefficients finish(const Setup& setup, int64_t row, const Label& label, KdWeights<A> w,
+                             const Kept& kept, Statistics& whole) {
+    const KdCall& call = setup.call;
+    whole = kept.statistics[0];
+    for (int64_t k = 1; k < setup.chunks; ++k)
+      whole = kd_merge(whole, kept.statistics[k], setup.inverse_temperature);
+    const auto dot = [&](int64_t index, double share) {
+      if (index < 0 || share == 0) return A(0);
+      A element;
+      return A(share) * (*read_row<A>(call.student, row, index, 1, &element) - whole.student_max);
+    };
+    w.label_dot = dot(label.first, label.first_share) + dot(label.second, label.second_share);
+    return kd_finish(whole, w, setup.inverse_temperature, A(call.label_smoothing),
+                     setup.inverse_classes, setup.dense);
+  }
+
+  // Coefficients for exponentials that are relative to a chunk's maxima instead of the row's.
+  static Coefficients for_chunk(const Setup& setup, const Coefficients& c, const Statistics& row,
+                                const Statistics& part) {
+    Coefficients out = c;
+    const A student = part.student_max - row.student_max;
+    const A teacher = part.teacher_max - row.teacher_max;
+    out.student =
+        part.student_sum == 0 ? A(0) : c.student * exponential(student * setup.inverse_temperature);
+    out.label = part.student_sum == 0 ? A(0) : c.label * exponential(student);
+    out.teacher =
+        part.teacher_sum == 0 ? A(0) : c.teacher * exponential(teacher * setup.inverse_temperature);
+    return out;
+  }
+
+  static void gradients(const Setup& setup, GradientFunction function, int64_t row, int64_t first,
+                        int64_t last, const Label& label, const Coefficients& whole,
+                        const Statistics& statistics, const Kept& kept, Buffers& buffers) {
+    const KdCall& call = setup.call;
+    const Dtype dtype = call.student.dtype;
+    char* const gradient = static_cast<char*>(call.gradient) + row * call.classes * size_of(dtype);
+    const bool direct = dtype == dtype_of<A>();
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t from = k * setup.chunk;
+      const int64_t n = std::min(setup.chunk, call.classes - from);
+      const Coefficients c =
+          setup.chunks == 1 ? whole : for_chunk(setup, whole, statistics, kept.statistics[k]);
+      const A* student_kept = kept.student + from;
+      const A* teacher_kept = kept.teacher + from;
+      const A* label_kept = kept.label + from;
+      A* out = direct ? reinterpret_cast<A*>(gradient) + from : buffers.out;
+      function(c, student_kept, teacher_kept, label_kept, n, out,
+               direct && call.stream && !setup.dense);
+      if (setup.dense) {
+        const A* y = read_row<A>(call.soft, row, from, n, buffers.teacher);
+        for (int64_t i = 0; i < n; ++i) out[i] -= c.hard * y[i];
+      } else if (setup.label) {
+        // The label's own logit, computed again: a store, not a read of what may have been
+        // streamed.
+        const auto fix = [&](int64_t index) {
+          const int64_t i = index - from;
+          if (index < 0 || i < 0 || i >= n) return;
+          const A share = (label.first == index ? A(label.first_share) : A(0)) +
+                          (label.second == index ? A(label.second_share) : A(0));
+          const A e = student_kept[i];
+          A own = e;
+          if (setup.power == kOwnExponential) own = label_kept[i];
+          for (int p = 1; p < setup.power; ++p) own *= e;
+          out[i] = kd_gradient(c, e, own, setup.teacher ? teacher_kept[i] : A(0)) - c.hard * share;
+        };
+        fix(label.first);
+        fix(label.second);
+      }
+      if (!direct) write_as(out, gradient + from * size_of(dtype), dtype, n);
+    }
+  }
+
+  // A row that carries no weight or whose label is outside the classes: no gradient; 0 or NaN.
+  static void leave_out(const KdCall& call, int64_t row, bool outside) {
+    static_cast<A*>(call.losses)[row] = outside ? A(NAN) : A(0);
+    if (!call.gradient) return;
+    const int64_t bytes = call.classes * size_of(call.student.dtype);
+    std::memset(static_cast<char*>(call.gradient) + row * bytes, 0, size_t(bytes));
+  }
+
+  // Scratch of a thread, kept between calls: three rows at most.
+  static A* scratch(int64_t size) {
+    static thread_local std::vector<A> memory;
+    if (int64_t(memory.size()) < size) memory.resize(size_t(size));
+    return memory.data();
+  }
+  static int64_t statistics_size(const Setup& setup) {
+    return setup.chunks * int64_t(sizeof(Statistics) / sizeof(A));
+  }
+  static Kept place(const Setup& setup, A* memory) {
+    const int64_t size = setup.kept_size();
+    Kept kept;
+    kept.statistics = reinterpret_cast<Statistics*>(memory);
+    kept.student = memory + (statistics_size(setup) + 15) / 16 * 16;
+    kept.teacher = kept.student + size;
+    kept.label = kept.teacher + (setup.teacher ? size : 0);
+    return kept;
+  }
+  static int64_t place_size(const Setup& setup) {
+    const int64_t rows = 1 + setup.teacher + (setup.power == kOwnExponential);
+    return (statistics_size(setup) + 15) / 16 * 16 + (setup.keep ? rows * setup.kept_size() : 0);
+  }
+
+  static void rows(const KdCall& call, int64_t begin, int64_t end) {
+    if constexpr (L >= 8) {
+      if (call.classes <= kLaneClasses) return Lanes<V, Exponential>::rows(call, begin, end);
+    }
+    const Setup setup(call);
+    const auto statistics_of = statistics_function(setup);
+    const auto gradient_of = gradient_function(setup);
+    const Kept kept = place(setup, scratch(place_size(setup)));
+    Buffers buffers;
+    for (int64_t row = begin; row < end; ++row) {
+      const Label label = label_of(call, row);
+      const KdWeights<A> w = weights_of(call, label, row);
+      if (label.outside || !counts(setup, w)) {
+        leave_out(call, row, label.outside);
+        continue;
+      }
+      statistics(setup, statistics_of, row, 0, setup.chunks, kept, buffers);
+      Statistics whole;
+      const Coefficients c = finish(setup, row, label, w, kept, whole);
+      static_cast<A*>(call.losses)[row] = c.loss;
+      if (setup.keep)
+        gradients(setup, gradient_of, row, 0, setup.chunks, label, c, whole, kept, buffers);
+    }
+  }
+
+  // ---- a few wide rows, cut into parts
+  static int64_t workspace_bytes(const KdCall& call, int64_t) {
+    return call.rows * place_size(Setup(call)) * int64_t(sizeof(A));
+  }
+  static void part_statistics(const KdCall& call, int64_t parts, void* workspace, int64_t begin,
+                              int64_t end) {
+    const Setup setup(call);
+    const auto statistics_of = statistics_function(setup);
+    Buffers buffers;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / parts, part = item % parts;
+      const Kept kept = place(setup, static_cast<A*>(workspace) + row * place_size(setup));
+      statistics(setup, statistics_of, row, setup.chunks * part / parts,
+                 setup.chunks * (part + 1) / parts, kept, buffers);
+    }
+  }
+  static void part_gradients(const KdCall& call, int64_t parts, void* workspace, int64_t begin,
+                             int64_t end) {
+    const Setup setup(call);
+    const auto gradient_of = gradient_function(setup);
+    Buffers buffers;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / parts, part = item % parts;
+      const Kept kept = place(setup, static_cast<A*>(workspace) + row * place_size(setup));
+      const Label label = label_of(call, row);
+      const KdWeights<A> w = weights_of(call, label, row);
+      if (label.outside || !counts(setup, w)) {
+        if (part == 0) leave_out(call, row, label.outside);
+        continue;
+      }
+      Statistics whole;
+      const Coefficients c = finish(setup, row, label, w, kept, whole);
+      if (part == 0) static_cast<A*>(call.losses)[row] = c.loss;
+      if (setup.keep)
+        gradients(setup, gradient_of, row, setup.chunks * part / parts,
+                  setup.chunks * (part + 1) / parts, label, c, whole, kept, buffers);
+    }
+  }
+
+  // ---- the backward pass
+  static void scale(Dtype dtype, const void* gradient, void* out, int64_t classes, double factor,
+                    const void* row_factor, int64_t begin, int64_t end) {
+    const Matrix matrix{gradient, classes, dtype};
+    Buffers buffers;
+    for (int64_t row = begin; row < end; ++row) {
+      const A by = A(row_factor ? factor * double(static_cast<const A*>(row_factor)[row]) : factor);
+      for (int64_t from = 0; from < classes; from += kChunk) {
+        const int64_t n = std::min(kChunk, classes - from);
+        const A* g = read_row<A>(matrix, row, from, n, buffers.student);
+        char* to = static_cast<char*>(out) + (row * classes + from) * size_of(dtype);
+        A* product = dtype == dtype_of<A>() ? reinterpret_cast<A*>(to) : buffers.out;
+        for (int64_t i = 0; i < n; ++i) product[i] = g[i] * by;
+        if (product == buffers.out) write_as(product, to, dtype, n);
+      }
+    }
+  }
+
+  static KdKernels kernels() {
+    return {&totals, &rows, &workspace_bytes, &part_statistics, &part_gradients, &scale};
+  }
+};

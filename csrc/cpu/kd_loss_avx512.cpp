@@ -1,0 +1,50 @@
+// Distillation loss: AVX-512.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kd_loss.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 warns of its own _mm512_undefined_ps.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define FS_HD  // kd_row.h: no device here
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq")
+#endif
+
+namespace fastscarce::cpu::avx512 {
+
+#include "../math/kd_row.h"
+#include "block8.inl"
+#include "convert.inl"
+#include "kd_label.inl"
+#include "kd_lanes.inl"
+#include "kd_loss.inl"
+#include "vec_avx512.inl"
+#include "vec_math.inl"
+
+KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
+
+}  // namespace fastscarce::cpu::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

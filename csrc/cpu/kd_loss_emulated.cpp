@@ -1,0 +1,47 @@
+// Distillation loss: The 16-lane body of AVX-512 in pairs of AVX2 registers: tests run it where
+// there is no AVX-512.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kd_loss.h"
+
+#define FS_HD  // kd_row.h: no device here
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace fastscarce::cpu::emulated {
+
+#include "../math/kd_row.h"
+namespace half {
+#include "vec_avx2.inl"
+}
+#include "block8.inl"
+#include "convert.inl"
+#include "kd_label.inl"
+#include "kd_lanes.inl"
+#include "kd_loss.inl"
+#include "vec_emulated.inl"
+#include "vec_math.inl"
+
+KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
+
+}  // namespace fastscarce::cpu::emulated
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

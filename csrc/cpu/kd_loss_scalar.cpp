@@ -1,0 +1,28 @@
+// Distillation loss: one number at a time. Every machine has it; float64 always runs here.
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kd_loss.h"
+
+#define FS_HD  // kd_row.h: no device here
+
+namespace fastscarce::cpu::scalar {
+
+#include "../math/kd_row.h"
+#include "convert.inl"
+#include "kd_label.inl"
+#include "kd_loss.inl"
+#include "vec_scalar.inl"
+
+KdKernels kd_kernels(bool float64) {
+  return float64 ? Kd<Lane<double>, LaneExponential<double>>::kernels()
+                 : Kd<Lane<float>, LaneExponential<float>>::kernels();
+}
+
+}  // namespace fastscarce::cpu::scalar

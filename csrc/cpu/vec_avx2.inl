@@ -1,0 +1,65 @@
+// Eight floats in one AVX2 register. Included inside a namespace compiled for avx2, fma, f16c.
+
+struct Vec {
+  using Scalar = float;
+  static constexpr int64_t lanes = 8;
+  __m256 v;
+
+  Vec() = default;
+  Vec(__m256 value) : v(value) {}
+  explicit Vec(float value) : v(_mm256_set1_ps(value)) {}
+
+  static Vec load(const float* from) { return _mm256_loadu_ps(from); }
+  // The first n < lanes numbers, then `fill`.
+  static Vec load_part(const float* from, int64_t n, float fill) {
+    const __m256i mask = first(n);
+    return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(from, mask),
+                            _mm256_castsi256_ps(mask));
+  }
+  void store(float* to) const { _mm256_storeu_ps(to, v); }
+  void store_part(float* to, int64_t n) const { _mm256_maskstore_ps(to, first(n), v); }
+  void stream(float* to) const { _mm256_stream_ps(to, v); }  // `to` aligned to the register
+
+  static __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+};
+
+inline Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a.v, b.v, c.v); }
+inline Vec subtract_multiply(Vec c, Vec a, Vec b) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
+// The larger; `b` where either is NaN.
+inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
+inline Vec select(Vec condition, Vec a, Vec b) {
+  const __m256 mask = _mm256_cmp_ps(condition.v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+  return _mm256_blendv_ps(b.v, a.v, mask);
+}
+inline Vec zero_unless(Vec condition, Vec a) {
+  return _mm256_and_ps(_mm256_cmp_ps(condition.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), a.v);
+}
+// The low nine bits of each number's pattern, moved up to sign and exponent.
+inline Vec low_bits_to_exponent(Vec x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23));
+}
+// x = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)); x positive and normal.
+inline Vec split(Vec x, Vec* exponent) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i above = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3));
+  const __m256i power = _mm256_srai_epi32(above, 23);
+  *exponent = _mm256_cvtepi32_ps(power);
+  return _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(power, 23)));
+}
+inline float sum_of(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline float maximum_of(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}

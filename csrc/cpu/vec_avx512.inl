@@ -1,0 +1,55 @@
+// Sixteen floats in one AVX-512 register. Included inside a namespace compiled for avx512f,
+// avx512dq.
+
+struct Vec {
+  using Scalar = float;
+  static constexpr int64_t lanes = 16;
+  __m512 v;
+
+  Vec() = default;
+  Vec(__m512 value) : v(value) {}
+  explicit Vec(float value) : v(_mm512_set1_ps(value)) {}
+
+  static Vec load(const float* from) { return _mm512_loadu_ps(from); }
+  // The first n < lanes numbers, then `fill`.
+  static Vec load_part(const float* from, int64_t n, float fill) {
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), from);
+  }
+  void store(float* to) const { _mm512_storeu_ps(to, v); }
+  void store_part(float* to, int64_t n) const { _mm512_mask_storeu_ps(to, first(n), v); }
+  void stream(float* to) const { _mm512_stream_ps(to, v); }  // `to` aligned to the register
+
+  static __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1u); }
+};
+
+inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
+inline Vec subtract_multiply(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
+// The larger; `b` where either is NaN.
+inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+inline Vec select(Vec condition, Vec a, Vec b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(condition.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
+                              b.v, a.v);
+}
+inline Vec zero_unless(Vec condition, Vec a) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
+                             a.v);
+}
+// The low nine bits of each number's pattern, moved up to sign and exponent.
+inline Vec low_bits_to_exponent(Vec x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23));
+}
+// x = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)); x positive and normal.
+inline Vec split(Vec x, Vec* exponent) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i above = _mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3));
+  const __m512i power = _mm512_srai_epi32(above, 23);
+  *exponent = _mm512_cvtepi32_ps(power);
+  return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(power, 23)));
+}
+inline float sum_of(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float maximum_of(Vec a) { return _mm512_reduce_max_ps(a.v); }

@@ -1,0 +1,55 @@
+// Exponential and logarithm of a Vec. Included after a vec_*.inl, in the same namespace.
+
+// e^(x * rate) for one rate, given as log2(e) * rate in two floats: 2^k * 2^f with k = round(x *
+// rate), f in [-1/2, 1/2], 2^f by the degree 6 polynomial of least relative error (1.9e-9; Remez).
+// Two products in f keep the result within 1.5 units in the last place for arguments down to -87.7,
+// below which it is exactly 0. For x * rate <= 0.
+struct Exponential {
+  Vec high, low, smallest;
+
+  explicit Exponential(double rate) {
+    const double scale = 1.4426950408889634 * rate;
+    high = Vec(float(scale));
+    low = Vec(float(scale - double(float(scale))));
+    smallest = Vec(float(-127.0 / scale));
+  }
+
+  Vec operator()(Vec x) const {
+    // 1.5 * 2^23 rounds to an integer; 127 more and the low bits of the sum are the exponent's.
+    const Vec magic(12582912.0f + 127.0f);
+    x = maximum(smallest, x);
+    const Vec shifted = multiply_add(x, high, magic);
+    const Vec k = shifted - magic;
+    const Vec f = multiply_add(x, low, multiply_subtract(x, high, k));
+    Vec y = multiply_add(Vec(1.53458205e-4f), f, Vec(1.33999313e-3f));
+    y = multiply_add(y, f, Vec(9.61848892e-3f));
+    y = multiply_add(y, f, Vec(5.55032878e-2f));
+    y = multiply_add(y, f, Vec(2.40226469e-1f));
+    y = multiply_add(y, f, Vec(6.93147206e-1f));
+    y = multiply_add(y, f, Vec(1.0f));
+    return y * low_bits_to_exponent(shifted);
+  }
+};
+
+// Natural logarithm, positive normal x; infinity and NaN stay. Cephes logf (S. Moshier).
+inline Vec logarithm(Vec x) {
+  Vec exponent;
+  const Vec f = split(x, &exponent) - Vec(1.0f);
+  const Vec square = f * f;
+  Vec y = multiply_add(Vec(7.0376836292e-2f), f, Vec(-1.1514610310e-1f));
+  y = multiply_add(y, f, Vec(1.1676998740e-1f));
+  y = multiply_add(y, f, Vec(-1.2420140846e-1f));
+  y = multiply_add(y, f, Vec(1.4249322787e-1f));
+  y = multiply_add(y, f, Vec(-1.6668057665e-1f));
+  y = multiply_add(y, f, Vec(2.0000714765e-1f));
+  y = multiply_add(y, f, Vec(-2.4999993993e-1f));
+  y = multiply_add(y, f, Vec(3.3333331174e-1f));
+  y = y * f * square;
+  y = multiply_add(exponent, Vec(-2.12194440e-4f), y);
+  y = subtract_multiply(y, Vec(0.5f), square);
+  const Vec result = multiply_add(exponent, Vec(0.693359375f), f + y);
+  return select(x - x, x, result);  // x - x is NaN for infinity and NaN, 0 otherwise
+}
+
+// Not used on lanes, where a row is one part; declared for kd_row.h.
+inline Vec exponential(Vec x) { return Exponential(1.0)(x); }

@@ -1,0 +1,90 @@
+// What both back ends of kd_loss do with their arguments before any kernel runs.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+
+#include "checks.h"
+#include "math/kd_factors.h"
+
+namespace fastscarce {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A contiguous tensor without content on the device of `like`; a size of -1 leaves a dimension out.
+inline Tensor empty_of(const Tensor& like, int64_t rows, int64_t columns,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  std::array<int64_t, 2> sizes{}, strides{};
+  int64_t dims = 0;
+  if (rows >= 0) sizes[dims++] = rows;
+  if (columns >= 0) sizes[dims++] = columns;
+  strides = {dims == 2 ? columns : 1, 1};
+  int32_t device_type, device_index, type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  if (dtype)
+    type = *dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// On a CPU only: the tensor is host memory.
+inline void write_scalar(const Tensor& tensor, bool float64, double value) {
+  if (float64)
+    *static_cast<double*>(tensor.mutable_data_ptr()) = value;
+  else
+    *static_cast<float*>(tensor.mutable_data_ptr()) = float(value);
+}
+
+inline void check_kd_arguments(const Tensor& student, const std::optional<Tensor>& teacher,
+                               const std::optional<Tensor>& target,
+                               const std::optional<Tensor>& partner,
+                               const std::optional<Tensor>& share,
+                               const std::optional<Tensor>& weight) {
+  check(student.dim() == 2 && student.size(1) > 0, "kd_loss", "(rows, classes) student logits");
+  const int64_t rows = student.size(0), classes = student.size(1);
+  const auto same_device = [&](const Tensor& t) { return t.is_cuda() == student.is_cuda(); };
+  const auto is_matrix = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(0) == rows && t.size(1) == classes &&
+           (classes == 1 || t.stride(1) == 1) && same_device(t);
+  };
+  const auto is_column = [&](const Tensor& t, ScalarType dtype) {
+    return t.dim() == 1 && t.size(0) == rows && t.is_contiguous() && t.scalar_type() == dtype &&
+           same_device(t);
+  };
+  check(is_matrix(student), "kd_loss", "student rows without gaps");
+  check(!teacher || is_matrix(*teacher), "kd_loss", "teacher logits of the student's shape");
+  check(!target || is_column(*target, ScalarType::Long) ||
+            (is_matrix(*target) && target->scalar_type() != ScalarType::Long),
+        "kd_loss", "int64 targets (rows,) or float targets (rows, classes)");
+  const bool index = target && target->scalar_type() == ScalarType::Long;
+  check(partner.has_value() == share.has_value() && (!partner || index), "kd_loss",
+        "partner and share together, with index targets");
+  check(!partner || is_column(*partner, ScalarType::Long), "kd_loss", "int64 partners (rows,)");
+  check(!share || is_column(*share, ScalarType::Float), "kd_loss", "float32 shares (rows,)");
+  check(!weight || is_column(*weight, ScalarType::Float), "kd_loss", "float32 weights (rows,)");
+}
+
+inline void check_kd_backward_arguments(const Tensor& gradient, const Tensor& factor,
+                                        const Tensor& upstream) {
+  const ScalarType loss =
+      gradient.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto same_device = [&](const Tensor& t) { return t.is_cuda() == gradient.is_cuda(); };
+  check(gradient.dim() == 2 && gradient.is_contiguous(), "kd_loss_backward",
+        "a contiguous gradient (rows, classes)");
+  check(factor.dim() == 0 && factor.scalar_type() == loss && same_device(factor),
+        "kd_loss_backward", "the factor that kd_loss returned");
+  check(upstream.scalar_type() == loss && same_device(upstream) &&
+            (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.is_contiguous() &&
+                                     upstream.size(0) == gradient.size(0))),
+        "kd_loss_backward", "an upstream gradient of the loss's dtype and shape");
+}
+
+}  // namespace fastscarce

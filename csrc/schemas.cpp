@@ -1,0 +1,14 @@
+// Every operator of fastscarce, a line each. CPU kernels are in cpu/, CUDA kernels in cuda/; fake
+// kernels and gradients are registered by fastscarce/_ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastscarce, m) {
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> str");
+  m.def(
+      "kd_loss(Tensor student, Tensor? teacher, Tensor? target, Tensor? partner, Tensor? share, "
+      "Tensor? weight, float temperature, float alpha, float label_smoothing, int ignore_index, "
+      "int reduction, bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+  m.def("kd_loss_backward(Tensor gradient, Tensor factor, Tensor upstream) -> Tensor");
+  m.def("kd_loss_backward_(Tensor(a!) gradient, Tensor factor, Tensor upstream) -> ()");
+}

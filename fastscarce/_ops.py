@@ -1,0 +1,150 @@
+"""Loads the compiled libraries and registers what they leave to Python; private.
+
+``_C.so`` holds the schemas and the CPU kernels and has to be there; ``_C_cuda.so`` holds the CUDA
+kernels and is loaded where torch has CUDA. Fake kernels (shapes without data, for ``torch.compile``)
+and gradients are registered here, one function an operator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["cuda_status", "isa", "set_isa"]
+
+
+def _library(name: str) -> str | None:
+    spec = importlib.util.find_spec(f"fastscarce.{name}")
+    return spec.origin if spec else None
+
+
+def _load_cpu() -> None:
+    path = _library("_C")
+    if path is None:
+        raise ImportError(
+            "fastscarce needs its compiled library, which is not built: run `pip install .` in the "
+            "source folder."
+        )
+    torch.ops.load_library(path)
+
+
+def _load_cuda() -> str:
+    if torch.version.cuda is None:
+        return "not loaded: this torch is built without CUDA"
+    path = _library("_C_cuda")
+    if path is None:
+        reason = "not built: nvcc was not found when fastscarce was installed"
+        if torch.cuda.is_available():
+            warnings.warn(
+                f"fastscarce's CUDA kernels are {reason}; install the CUDA toolkit, then run "
+                "`pip install .` again.",
+                stacklevel=2,
+            )
+        return reason
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = f"not loaded: {error}"
+        warnings.warn(f"fastscarce's CUDA kernels are {reason}", stacklevel=2)
+        return reason
+    return "loaded"
+
+
+_load_cpu()
+_CUDA_STATUS = _load_cuda()
+_ops = torch.ops.fastscarce
+
+
+def isa() -> str:
+    """Instruction set of the CPU kernels: ``scalar``, ``avx2`` or ``avx512``.
+
+    The environment variable ``FASTSCARCE_ISA`` overrides the choice.
+
+    Raises:
+        ValueError: ``FASTSCARCE_ISA`` names none that this processor has.
+    """
+    try:
+        return str(_ops.isa())
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+def set_isa(name: str) -> str:
+    """Sets the instruction set for the process; ``""`` goes back to the best. For tests.
+
+    Raises:
+        ValueError: The processor lacks it, or the name is not known.
+    """
+    try:
+        return str(_ops.set_isa(name))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+def cuda_status() -> str:
+    """``loaded``, or why the CUDA library is not."""
+    return _CUDA_STATUS
+
+
+# ---- kd_loss
+
+
+@torch.library.register_fake("fastscarce::kd_loss")
+def _kd_loss_fake(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    partner: Tensor | None,
+    share: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = student.shape
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    loss = student.new_empty((rows,) if reduction == 0 else (), dtype=dtype)
+    gradient = student.new_empty((rows if with_gradient else 0, classes))
+    return loss, gradient, student.new_empty((), dtype=dtype)
+
+
+@torch.library.register_fake("fastscarce::kd_loss_backward")
+def _kd_loss_backward_fake(gradient: Tensor, factor: Tensor, upstream: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+@torch.library.register_fake("fastscarce::kd_loss_backward_")
+def _kd_loss_backward_in_place_fake(gradient: Tensor, factor: Tensor, upstream: Tensor) -> None:
+    return None
+
+
+def _kd_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, gradient, factor = output
+    ctx.mark_non_differentiable(gradient, factor)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient, factor)
+
+
+def _kd_loss_gradient(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if upstream is None:
+        return (None,) * 12
+    gradient, factor = ctx.saved_tensors
+    student = _ops.kd_loss_backward.default(gradient, factor, upstream.contiguous())
+    return (student, *(None,) * 11)
+
+
+def _no_second_gradient(ctx: Any, *unused: Any) -> tuple[Any, ...]:
+    raise RuntimeError("kd_loss has a first derivative only; call backward without create_graph.")
+
+
+torch.library.register_autograd(
+    "fastscarce::kd_loss", _kd_loss_gradient, setup_context=_kd_loss_save
+)
+torch.library.register_autograd("fastscarce::kd_loss_backward", _no_second_gradient)
