@@ -38,4 +38,10 @@ class ResultsError(FastscarceError):
 
 
 class Interrupted(FastscarceError):
-    """A signal asked the run to stop; it saved its state and can be resumed."""
+    """A signal asked the run to stop; it saved its state and can be resumed.
+
+    Attributes:
+        signal: The signal's number; the process exits with 128 more, as shells do.
+    """
+
+    signal: int = 15

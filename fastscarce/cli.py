@@ -1,0 +1,189 @@
+"""The commands: parse, call, print.
+
+Exit codes: 0 done; 1 something on this machine is broken (doctor); 2 an error with a cure;
+128 + n stopped by signal n with the state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastscarce.config import (
+    DistillConfig,
+    FinetuneConfig,
+    LabelCommandConfig,
+    RunConfig,
+    SelftrainConfig,
+)
+from fastscarce.errors import ConfigError, FastscarceError, Interrupted
+
+__all__ = ["main"]
+
+COMMANDS: dict[str, type[RunConfig]] = {
+    "selftrain": SelftrainConfig,
+    "finetune": FinetuneConfig,
+    "label": LabelCommandConfig,
+    "distill": DistillConfig,
+}
+_DOCTOR = "doctor"
+
+
+def _keys(config: type, prefix: str = "") -> list[str]:
+    """All settings by their dotted names."""
+    from typing import get_args, get_type_hints
+
+    names: list[str] = []
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        name = f"{prefix}{field.name}"
+        names.append(name)
+        for kind in (hints[field.name], *get_args(hints[field.name])):
+            if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+                names += _keys(kind, f"{name}.")
+    return names
+
+
+def _flags(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config) if field.type in (bool, "bool")}
+
+
+def _normalised(arguments: Sequence[str]) -> list[str]:
+    """Accept ``--labels-per-class`` for ``--labels_per_class``, and ``--resume`` for ``=true``."""
+    command = next((word for word in arguments if word in COMMANDS), None)
+    switches = _flags(COMMANDS[command]) if command else set()
+    result: list[str] = []
+    for place, word in enumerate(arguments):
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        follower = arguments[place + 1] if place + 1 < len(arguments) else "--"
+        if name[2:] in switches and not equals and follower.startswith("-"):
+            equals, value = "=", "true"
+        result.append(f"{name}{equals}{value}")
+    return result
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="fastscarce",
+        description="The best small model from few labelled and many unlabelled images.",
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(dest="command")
+    for name, config in COMMANDS.items():
+        summary = (config.__doc__ or "").splitlines()[0]
+        command = ArgumentParser(description=summary, exit_on_error=False)
+        command.add_argument("--config", action="config", help="YAML file of settings.")
+        command.add_class_arguments(config, nested_key=None)
+        commands.add_subcommand(name, command, help=summary)
+    doctor = ArgumentParser(
+        description="Print what this machine has, and the cure for what is broken.",
+        exit_on_error=False,
+    )
+    commands.add_subcommand(_DOCTOR, doctor, help="Print what this machine has.")
+    return parser
+
+
+def _explained(error: Exception, arguments: Sequence[str]) -> ConfigError:
+    """The parser's complaint as one sentence; an unknown setting with the nearest known one."""
+    text = " ".join(str(error).split())
+    command = next((word for word in arguments if word in COMMANDS), None)
+    unknown = re.search(r"(?:does not accept option '|unrecognized arguments: -*)([\w.\-]+)", text)
+    if unknown and command:
+        known = _keys(COMMANDS[command])
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"see fastscarce {command} --help."
+        return ConfigError(f"{command} has no setting {unknown[1]!r}; {hint}")
+    wrong = re.search(r"invalid choice: '([^']+)'", text)
+    if wrong and command is None:
+        near = difflib.get_close_matches(wrong[1], [*COMMANDS, _DOCTOR], n=1)
+        hint = f"did you mean {near[0]}?" if near else "see fastscarce --help."
+        return ConfigError(f"There is no command {wrong[1]!r}; {hint}")
+    return ConfigError(text if text.endswith(".") else f"{text}.")
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, Any]:
+    parser = _parser()
+    words = _normalised(arguments)
+    try:
+        namespace = parser.parse_args(words)
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise _explained(error, words) from error
+    command: str = namespace.command
+    if command == _DOCTOR:
+        return command, None
+    values = parser.instantiate(namespace)[command]
+    fields = dataclasses.fields(COMMANDS[command])
+    return command, COMMANDS[command](**{field.name: values[field.name] for field in fields})
+
+
+def _train(command: str, config: Any) -> int:
+    from fastscarce import train
+
+    jobs: dict[str, Callable[..., dict[str, Any]]] = {
+        "selftrain": train.selftrain,
+        "finetune": train.finetune,
+        "label": train.label,
+        "distill": train.distill,
+    }
+    run = train.open_run(config, command)
+    try:
+        complete = run.complete()
+        if complete:
+            run.say(f"{run.folder} is complete already.")
+            return 0
+        with run.catching_signals():
+            result = jobs[command](run, config)
+        run.say(f"done in {result['seconds']:.0f} s: {run.folder / 'report.html'}")
+    finally:
+        run.close()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Words after the program's name. None: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command, config = _parse(words)
+        if command == _DOCTOR:
+            from fastscarce import doctor
+
+            return doctor.main()
+        return _train(command, config)
+    except Interrupted as error:
+        print(str(error), file=sys.stderr)
+        return 128 + error.signal
+    except FastscarceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {_disk(error)}", file=sys.stderr)
+        return 2
+
+
+def _disk(error: OSError) -> str:
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return (
+            f"The disk is full{place}; free space and run the same command with --resume: what was "
+            "saved before is whole."
+        )
+    return f"{error.strerror or error}{place}; mend that and run the same command with --resume."

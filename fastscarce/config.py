@@ -1,0 +1,251 @@
+"""What the commands read: dataclasses filled from YAML files and flags, printed and kept.
+
+Sizes are rows a step over all processes, so a run means the same for any number of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "DataConfig",
+    "DistillConfig",
+    "FinetuneConfig",
+    "LabelCommandConfig",
+    "LabelConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SelftrainConfig",
+    "StageConfig",
+    "StudentConfig",
+    "to_dict",
+]
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from, and which of their labels may be used.
+
+    Attributes:
+        data: `digits` (scikit-learn's, embedded), `folder:PATH` (a sub-folder a class, with
+            `unlabelled/` and `test/` if you have them) or `idx:PATH` (MNIST's file format).
+        unlabelled: Folder of more images without labels.
+        labels_per_class: Labels to use of each class, drawn from the seed; the other labels are
+            hidden. `null` uses every label.
+        holdout_per_class: Labelled images of each class that train nothing and judge the rounds.
+            `null` takes a fifth where a class has at least 20 labels, and otherwise none.
+        test_fraction: Part of each class kept for the test, where the data has no test split.
+        image_size: Side in pixels that images are brought to. `null` keeps a common size.
+        flip: Whether a mirrored image keeps its label; `auto` asks the data set.
+        on_error: What to do with an image that can't be read.
+    """
+
+    data: str = "digits"
+    unlabelled: str | None = None
+    labels_per_class: int | None = 4
+    holdout_per_class: int | None = None
+    test_fraction: float = 1 / 3
+    image_size: int | None = None
+    flip: Literal["auto", "yes", "no"] = "auto"
+    on_error: Literal["raise", "skip"] = "raise"
+
+
+@dataclass
+class ModelConfig:
+    """Which network.
+
+    Attributes:
+        name: `small_cnn` (8 to 32 pixels), `small_cnn_gn`, any timm name, or `local-dir:PATH`.
+        pretrained: Start from timm's pretrained weights.
+        dropout: Probability of dropping a feature before the head.
+        stochastic_depth: Probability of dropping a residual branch, for timm models that have it.
+    """
+
+    name: str = "small_cnn"
+    pretrained: bool = False
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+
+
+@dataclass
+class StageConfig:
+    """How one model is trained.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Labelled rows a step.
+        learning_rate: Rate of the head, and of the backbone unless `backbone_rate` is given.
+        backbone_rate: Rate of the backbone's top layer. `null` is the head's.
+        layer_decay: Factor of the rate from each layer to the one below it.
+        freeze: `backbone` trains the head alone, batch-norm statistics frozen too.
+        warmup_steps: Steps of linear warm-up before the cosine.
+        optimizer: `sgd` is with Nesterov's momentum 0.9.
+        weight_decay: On weights of two or more dimensions.
+        ema_decay: Of the weights' moving average, which is the model that a stage returns.
+        max_gradient_norm: Gradients are scaled down to this norm. `null` leaves them.
+        augmentation: Policy of the labelled views.
+        cutmix_probability: Part of the steps whose images are mixed.
+        cutmix_alpha: Both parameters of the Beta distribution of the mixed area.
+        label_smoothing: Part of a label spread evenly over the classes.
+    """
+
+    steps: int = 300
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    backbone_rate: float | None = None
+    layer_decay: float = 1.0
+    freeze: Literal["none", "backbone"] = "none"
+    warmup_steps: int = 15
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    weight_decay: float = 5e-4
+    ema_decay: float = 0.99
+    max_gradient_norm: float | None = None
+    augmentation: Literal["weak", "standard", "strong"] = "strong"
+    cutmix_probability: float = 0.5
+    cutmix_alpha: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class StudentConfig(StageConfig):
+    """How a student is trained: as any model, and on pseudo-labelled images beside.
+
+    Attributes:
+        unlabelled_batch_size: Pseudo-labelled rows a step.
+        alpha: Weight of the distillation term; the labels' cross entropy has the rest.
+        temperature: What student and teacher logits are divided by.
+    """
+
+    unlabelled_batch_size: int = 192
+    alpha: float = 0.5
+    temperature: float = 1.0
+
+
+@dataclass
+class LabelConfig:
+    """How a teacher labels the unlabelled images.
+
+    Attributes:
+        views: Views whose probabilities are averaged: the plain image, and augmented ones.
+        augmentation: Policy of the augmented views.
+        align: Bring the mean prediction to the labelled classes' frequencies.
+        calibrate: Divide the logits by the temperature that fits the hold-out, where there is one.
+        threshold: Least confidence of a kept image.
+        keep_per_class: Images kept of each class, repeated where there are fewer. `null` keeps
+            all above the threshold, once.
+    """
+
+    views: int = 9
+    augmentation: Literal["eval", "weak", "standard", "strong"] = "weak"
+    align: bool = True
+    calibrate: bool = True
+    threshold: float = 0.0
+    keep_per_class: int | None = None
+
+
+@dataclass
+class RunConfig:
+    """How and where it runs.
+
+    Attributes:
+        out: Folder of the results.
+        seed: Every draw of the run follows from it.
+        resume: Go on with the interrupted run in `out`.
+        overwrite: Replace what is in `out`.
+        mixed_precision: Autocast of the forward pass.
+        gradient_accumulation_steps: Pieces that a step's rows are worked off in, to save memory.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between lines of `metrics.jsonl`.
+        tensorboard: Write TensorBoard's event files too.
+        cpu: Use the CPU even where there is a GPU.
+        threads: CPU threads of a process. `null` leaves PyTorch's choice.
+    """
+
+    out: str = "runs/selftrain"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_accumulation_steps: int = 1
+    checkpoint_every: int = 100
+    log_every: int = 10
+    tensorboard: bool = True
+    cpu: bool = False
+    threads: int | None = None
+
+
+@dataclass
+class SelftrainConfig(DataConfig, RunConfig):
+    """Labelled images teach a teacher, it labels the rest, a student learns from both; repeat.
+
+    Attributes:
+        rounds: Times that the student becomes the teacher.
+        baseline: Train the student's network on the labels alone too, for comparison.
+        model: The student's network.
+        teacher_model: The first teacher's network. `null` is the student's.
+        supervised: How the baseline is trained.
+        teacher: How the first teacher is trained.
+        student: How each student is trained.
+        labels: How each teacher labels.
+    """
+
+    rounds: int = 3
+    baseline: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher_model: ModelConfig | None = None
+    supervised: StageConfig = field(
+        default_factory=lambda: StageConfig(augmentation="weak", cutmix_probability=0.0)
+    )
+    teacher: StageConfig = field(default_factory=StageConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+
+
+@dataclass
+class FinetuneConfig(DataConfig, RunConfig):
+    """Train a teacher on labelled images: a frozen backbone's head, or all of it.
+
+    Attributes:
+        model: The network.
+        training: How it is trained.
+    """
+
+    out: str = "runs/finetune"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: StageConfig = field(default_factory=StageConfig)
+
+
+@dataclass
+class LabelCommandConfig(DataConfig, RunConfig):
+    """Label the unlabelled images with a trained model.
+
+    Attributes:
+        teacher: Result folder of `finetune`, `distill` or `selftrain`.
+        labels: How it labels.
+    """
+
+    out: str = "runs/labels"
+    teacher: str = "runs/finetune"
+    labels: LabelConfig = field(default_factory=LabelConfig)
+
+
+@dataclass
+class DistillConfig(DataConfig, RunConfig):
+    """Train a student on labelled and pseudo-labelled images.
+
+    Attributes:
+        labels: Result folder of `label`.
+        model: The student's network.
+        student: How it is trained.
+    """
+
+    out: str = "runs/distill"
+    labels: str = "runs/labels"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain data, the order of the fields kept."""
+    return asdict(config)

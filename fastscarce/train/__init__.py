@@ -1,0 +1,11 @@
+"""The one training loop, and the jobs that are made of it."""
+
+from __future__ import annotations
+
+from fastscarce.train.distill import distill
+from fastscarce.train.finetune import finetune
+from fastscarce.train.label import label
+from fastscarce.train.run import Run, open_run
+from fastscarce.train.selftrain import selftrain
+
+__all__ = ["Run", "distill", "finetune", "label", "open_run", "selftrain"]

@@ -1,0 +1,127 @@
+"""The data set on the device, and a model's predictions on any of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastscarce.augment import views
+from fastscarce.data import ImageSet
+from fastscarce.train.run import Run
+
+__all__ = ["Pool", "accuracy", "predict"]
+
+# Rows of a forward pass. Part of the result: a model's output depends on its batch in the last bits.
+BATCH = 512
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Decoded images on one device, and what it takes to make views of them.
+
+    Attributes:
+        images: uint8 ``(n, channels, height, width)``.
+        ids: int64 ``(n,)``.
+        labels: int64 ``(n,)`` on the device, -1 where there is none.
+        classes: Number of classes.
+        flip: Whether a mirrored image keeps its label.
+        seed: Of all views.
+    """
+
+    images: Tensor
+    ids: NDArray[np.int64]
+    labels: Tensor
+    classes: int
+    flip: bool
+    seed: int
+
+    @classmethod
+    def of(cls, images: ImageSet, *, seed: int, device: torch.device) -> Pool:
+        """Move a data set to ``device``."""
+        pixels = torch.from_numpy(np.ascontiguousarray(images.images.transpose(0, 3, 1, 2)))
+        return cls(
+            images=pixels.to(device),
+            ids=images.ids,
+            labels=torch.from_numpy(images.labels).to(device),
+            classes=len(images.classes),
+            flip=images.flip,
+            seed=seed,
+        )
+
+    def views(
+        self, positions: Positions, policy: str, view: int | Positions, model: nn.Module
+    ) -> Tensor:
+        """Views of some images, normalised as ``model`` asks, float32 ``(rows, C, H, W)``."""
+        mean, std = normalisation(model, int(self.images.shape[1]))
+        rows = torch.from_numpy(positions).to(self.images.device)
+        return views(
+            self.images[rows],
+            self.ids[positions],
+            policy=policy,
+            view=view,
+            seed=self.seed,
+            flip=self.flip,
+            mean=mean,
+            std=std,
+        )
+
+
+def normalisation(
+    model: nn.Module, channels: int
+) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
+    """Mean and deviation that a model's inputs are normalised by: timm's own, else one half."""
+    inner = getattr(model, "module", model)
+    facts = getattr(inner, "pretrained_cfg", None) or {}
+    mean, std = facts.get("mean"), facts.get("std")
+    if mean is None or std is None or len(mean) != channels:
+        return 0.5, 0.5
+    return tuple(mean), tuple(std)
+
+
+@torch.no_grad()
+def predict(
+    run: Run,
+    model: nn.Module,
+    pool: Pool,
+    positions: Positions,
+    *,
+    views: int = 1,
+    policy: str = "eval",
+    first_view: int = 0,
+) -> Tensor:
+    """Logits of images, shared out over the processes in batches that don't depend on their number.
+
+    Args:
+        run: Gives the processes and the precision.
+        model: In eval mode.
+        pool: The images.
+        positions: Which of them, int64 ``(rows,)``, each once.
+        views: Views of each image: the first is the plain image, the others are ``policy``'s.
+        policy: Of the second view and all after it.
+        first_view: Number of the second view.
+
+    Returns:
+        float32 ``(views, rows, classes)`` on the CPU, the same in every process.
+    """
+    result = torch.zeros(views, len(positions), pool.classes, device=run.device)
+    units = [(view, start) for view in range(views) for start in range(0, len(positions), BATCH)]
+    for view, start in units[run.rank :: run.world_size]:
+        rows = positions[start : start + BATCH]
+        batch = pool.views(rows, "eval" if view == 0 else policy, first_view + view, model)
+        with run.accelerator.autocast():
+            logits = model(batch)
+        result[view, start : start + len(rows)] = logits.float()
+    if run.world_size > 1:
+        torch.distributed.all_reduce(result)
+    return result.cpu()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Part of the rows whose highest logit is the label's. ``logits``: ``(rows, classes)``."""
+    return float((logits.argmax(1) == labels.to(logits.device)).double().mean())

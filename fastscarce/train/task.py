@@ -1,0 +1,151 @@
+"""What every command prepares: the data, its split, and networks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastscarce.config import DataConfig, LabelConfig, ModelConfig, StageConfig
+from fastscarce.data import ImageSet, Split, load, split
+from fastscarce.errors import ModelError
+from fastscarce.models import create, freeze
+from fastscarce.pseudo import PseudoLabels, from_logits, select
+from fastscarce.pseudo import temperature as find_temperature
+from fastscarce.train.pool import Pool, Positions, accuracy, normalisation, predict
+from fastscarce.train.run import Run, derive_seed
+
+__all__ = ["Task", "prepare"]
+
+# From how many labels a class some are held out, and which part of them.
+HOLDOUT_FROM = 20
+HOLDOUT_PART = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set as one run sees it."""
+
+    run: Run
+    images: ImageSet
+    split: Split
+    pool: Pool
+
+    def network(self, config: ModelConfig, stage: str) -> nn.Module:
+        """A new network whose weights follow from the seed and the stage's name."""
+        height, width = self.images.images.shape[1:3]
+        if height != width:
+            raise ModelError(
+                f"Models need square images, got {height}x{width}; set image_size to bring them "
+                "to one."
+            )
+        return create(
+            config.name,
+            classes=self.pool.classes,
+            channels=self.images.channels,
+            image_size=height,
+            seed=derive_seed(self.run.config.seed, stage, "weights"),
+            pretrained=config.pretrained,
+            drop_rate=config.dropout,
+            drop_path_rate=config.stochastic_depth,
+        )
+
+    def prepared(self, config: ModelConfig, settings: StageConfig, stage: str) -> nn.Module:
+        """A new network with the layers frozen that ``settings`` freezes."""
+        model = self.network(config, stage)
+        freeze(model, settings.freeze)
+        return model
+
+    def accuracy(self, model: nn.Module, positions: Positions) -> float | None:
+        """Part of the images whose label the model gives, or None where there are no images."""
+        if len(positions) == 0:
+            return None
+        logits = predict(self.run, model, self.pool, positions)[0]
+        return accuracy(logits, self.pool.labels[torch.from_numpy(positions)].cpu())
+
+    def label(self, model: nn.Module, config: LabelConfig, stage: str) -> PseudoLabels:
+        """What a teacher says of the unlabelled images, the images to learn from chosen."""
+        # Numbers that depend on the stage, so that each round's teacher sees other views.
+        first = derive_seed(self.run.config.seed, stage, "views") % (1 << 29)
+        positions = self.split.unlabelled
+        logits = predict(
+            self.run,
+            model,
+            self.pool,
+            positions,
+            views=config.views,
+            policy=config.augmentation,
+            first_view=first,
+        )
+        temperature = 1.0
+        if config.calibrate and len(self.split.holdout):
+            held_out = predict(self.run, model, self.pool, self.split.holdout)
+            labels = self.pool.labels[torch.from_numpy(self.split.holdout)]
+            temperature = find_temperature(held_out, labels)
+        prior = None
+        if config.align:
+            known = self.images.labels[self.split.labelled]
+            prior = np.bincount(known, minlength=self.pool.classes).astype(np.float64)
+        rows = from_logits(self.pool.ids[positions], logits, temperature=temperature, prior=prior)
+        return select(rows, threshold=config.threshold, keep_per_class=config.keep_per_class)
+
+    def normalisation(self, model: nn.Module) -> tuple[list[float], list[float]]:
+        """Mean and deviation of a model's inputs, one a channel."""
+        mean, std = normalisation(model, self.images.channels)
+        channels = self.images.channels
+        return _spread(mean, channels), _spread(std, channels)
+
+
+def _spread(value: float | tuple[float, ...], channels: int) -> list[float]:
+    return list(value) if isinstance(value, tuple) else [value] * channels
+
+
+def _holdout_per_class(config: DataConfig, images: ImageSet) -> int:
+    if config.holdout_per_class is not None:
+        return config.holdout_per_class
+    if config.labels_per_class is not None:
+        fewest = config.labels_per_class
+    else:
+        trains = (images.labels >= 0) & ~images.is_test
+        counts = np.bincount(images.labels[trains], minlength=len(images.classes))
+        # Of a data set without a test split of its own, a part goes to the test first.
+        left = 1.0 if images.is_test.any() else 1.0 - config.test_fraction
+        fewest = int(counts.min() * left)
+    return fewest // HOLDOUT_PART if fewest >= HOLDOUT_FROM else 0
+
+
+def prepare(run: Run, config: DataConfig) -> Task:
+    """Load and split the data set, and move it to the run's device.
+
+    The hold-out is taken from the labels that may be used, never beside them.
+
+    Raises:
+        DataError: The data can't be read, or has fewer labels than are asked for.
+    """
+    images = load(
+        config.data,
+        unlabelled=config.unlabelled,
+        image_size=config.image_size,
+        flip={"auto": None, "yes": True, "no": False}[config.flip],
+        on_error=config.on_error,
+    )
+    holdout = _holdout_per_class(config, images)
+    labels = config.labels_per_class
+    parts = split(
+        images,
+        labels_per_class=labels if labels is None else max(1, labels - holdout),
+        holdout_per_class=holdout,
+        test_fraction=config.test_fraction,
+        seed=run.config.seed,
+    )
+    run.say(
+        f"{images.name}: {len(images.classes)} classes, {len(parts.labelled)} labelled, "
+        f"{len(parts.holdout)} held out, {len(parts.unlabelled)} unlabelled, "
+        f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
+    )
+    for path in images.skipped:
+        run.say(f"skipped {path}: it can't be read")
+    pool = Pool.of(images, seed=derive_seed(run.config.seed, "views"), device=run.device)
+    return Task(run, images, parts, pool)
