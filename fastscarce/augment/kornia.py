@@ -1,7 +1,8 @@
 """Carries a plan out with Kornia's functional operations, on any device.
 
-First all geometry as one bilinear warp, then the point operations in the plan's order, then erasing, then
-normalisation. After each step levels are whole, as in a chain of operations on uint8 images.
+First all geometry as one bilinear warp, then the point operations in the plan's order, then
+erasing, then normalisation. After each step levels are whole, as in a chain of operations on uint8
+images.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def views(
     std: float | Sequence[float] = 0.5,
     reflect: bool | None = None,
 ) -> Tensor:
-    """Draw a view of each image and carry it out: a pure function of (seed, id, view) and the image.
+    """Draw a view of each image and carry it out: a function of (seed, id, view) and the image.
 
     Args:
         images: uint8 ``(rows, channels, height, width)``, 1 or 3 channels.
@@ -44,8 +45,8 @@ def views(
         flip: Whether a mirrored image keeps its label.
         mean: Subtracted from levels scaled to 0..1: one number or one a channel.
         std: What the difference is divided by: one number or one a channel.
-        reflect: Fill what a warp uncovers with the image's mirror image, or else with black. By default
-            three channels are reflected and one channel is not.
+        reflect: Fill what a warp uncovers with the image's mirror image, or else with black. By
+            default three channels are reflected and one channel is not.
 
     Returns:
         float32 of the images' shape and device.
@@ -143,7 +144,9 @@ def _warp(levels: Tensor, plan: Plan) -> Tensor:
     return levels
 
 
-def _point(levels: Tensor, operations: npt.NDArray[np.uint8], arguments: npt.NDArray[np.float32]) -> None:
+def _point(
+    levels: Tensor, operations: npt.NDArray[np.uint8], arguments: npt.NDArray[np.float32]
+) -> None:
     """One slot of point operations, in place: each operation runs once, over its own rows."""
     for code in np.unique(operations):
         apply = POINT_OPERATIONS.get(OPERATIONS[code])
@@ -173,14 +176,15 @@ def _erase(levels: Tensor, plan: Plan) -> None:
     _put(levels, rows, erased)
 
 
-def _normalise(levels: Tensor, mean: float | Sequence[float], std: float | Sequence[float]) -> Tensor:
+def _normalise(
+    levels: Tensor, mean: float | Sequence[float], std: float | Sequence[float]
+) -> Tensor:
     channels = levels.shape[1]
-    shape = {"dtype": torch.float32, "device": levels.device}
     for name, value in (("mean", mean), ("std", std)):
         if not isinstance(value, (int, float)) and len(value) not in (1, channels):
             raise ValueError(f"{name} needs one number or {channels}, got {len(value)}.")
-    shift = torch.as_tensor(mean, **shape).view(-1, 1, 1)
-    scale = torch.as_tensor(std, **shape).view(-1, 1, 1)
+    shift = torch.as_tensor(mean, dtype=levels.dtype, device=levels.device).view(-1, 1, 1)
+    scale = torch.as_tensor(std, dtype=levels.dtype, device=levels.device).view(-1, 1, 1)
     return levels.div_(255.0).sub_(shift).div_(scale)
 
 

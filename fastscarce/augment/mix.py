@@ -15,9 +15,9 @@ _FIRST_DRAW = 64  # far from the draws of a view, so that mixing is independent 
 
 
 def partners(rows: int) -> npt.NDArray[np.int64]:
-    """Places of partners, ``(rows,)``: 2i and 2i + 1 are a pair; an odd last row is its own partner."""
-    place = np.arange(rows, dtype=np.int64)
-    return np.minimum(place ^ 1, rows - 1)
+    """Places of partners, ``(rows,)``: 2i and 2i + 1 are a pair; an odd last row is its own."""
+    place: npt.NDArray[np.int64] = np.arange(rows, dtype=np.int64) ^ 1
+    return place.clip(max=rows - 1)
 
 
 def cutmix(
@@ -30,8 +30,9 @@ def cutmix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Paste a box of its partner into each image.
 
-    The box covers ``1 - Beta(alpha, alpha)`` of the image before it is clipped at the border, about a uniform centre;
-    both are functions of (seed, id, view). The partner of row 2i is row 2i + 1, and the other way round.
+    The box covers ``1 - Beta(alpha, alpha)`` of the image before it is clipped at the border, about
+    a uniform centre; both are functions of (seed, id, view). The partner of row 2i is row 2i + 1,
+    and the other way round.
 
     Args:
         images: Any floating or uint8 dtype, ``(rows, channels, height, width)``.
@@ -41,13 +42,15 @@ def cutmix(
         alpha: Of the Beta distribution; 0 leaves the images as they are.
 
     Returns:
-        The mixed images; the partners' places, int64 ``(rows,)``; and each own image's weight, float32
-        ``(rows,)``: exactly 1 minus the share of the pixels in the clipped box, 1 for a self-pair.
+        The mixed images; the partners' places, int64 ``(rows,)``; and each own image's weight,
+        float32 ``(rows,)``: exactly 1 minus the share of the pixels in the clipped box, 1 for a
+        self-pair.
 
     Raises:
         ValueError: ``alpha`` is negative or not finite, or a shape is wrong.
 
-    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers" (2019), section 3.
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers" (2019),
+    section 3.
     """
     if not 0.0 <= alpha < float("inf"):
         raise ValueError(f"cutmix needs alpha of 0 or more, got {alpha}.")

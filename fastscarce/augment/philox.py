@@ -1,7 +1,7 @@
 """Random words without state: Philox4x32-10, a block of four 32-bit words for every counter.
 
-The key is the seed; the counter is (id low, id high, view, draw) and nothing else, so that a sample's
-draws are the same in any batch, in any order and with any number of processes.
+The key is the seed; the counter is (id low, id high, view, draw) and nothing else, so that a
+sample's draws are the same in any batch, in any order and with any number of processes.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
@@ -48,9 +48,7 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
     return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1)
 
 
-def blocks(
-    seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, count: int
-) -> Words:
+def blocks(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, count: int) -> Words:
     """The words of draws ``first`` to ``first + count - 1`` of each sample's view.
 
     Args:
@@ -70,8 +68,7 @@ def blocks(
     views = np.broadcast_to(np.asarray(view, dtype=np.int64), places.shape)
     if views.size and (int(views.min()) < 0 or int(views.max()) > 0xFFFFFFFF):
         raise ValueError(
-            "A view must be from 0 to 4294967295,"
-            f" got {int(views.min())} to {int(views.max())}."
+            f"A view must be from 0 to 4294967295, got {int(views.min())} to {int(views.max())}."
         )
     draws = np.arange(first, first + count, dtype=np.uint64)
     words = philox4x32(
@@ -100,9 +97,7 @@ def words64(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, draw: int) ->
     return words[:, 0] | (words[:, 1] << _HALF)
 
 
-def keyed_order(
-    seed: int, ids: npt.ArrayLike, *, view: int, draw: int
-) -> npt.NDArray[np.int64]:
+def keyed_order(seed: int, ids: npt.ArrayLike, *, view: int, draw: int) -> npt.NDArray[np.int64]:
     """Places of ``ids`` in the order of their keyed hash: a permutation that forgets the listing.
 
     Equal hashes (one in 2**64) are ordered by id.

@@ -1,8 +1,8 @@
 """Operations on grey levels that keep every pixel in its place, each over a batch.
 
-Images are float32 ``(rows, channels, height, width)`` and hold whole grey levels, 0 to 255; so do the
-results. Sums of levels are exact, so that a row's bits can't depend on its neighbours in the batch. Arguments are
-one number a row. Definitions are torchvision's (Pillow's) for uint8 images, to one grey level.
+Images are float32 ``(rows, channels, height, width)`` and hold whole grey levels, 0 to 255; so do
+the results. Sums of levels are exact, so that a row's bits can't depend on its neighbours in the
+batch. Arguments are one number a row. Definitions are torchvision's for uint8 images, to one level.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
 def equalize(images: Tensor, _: Tensor) -> Tensor:
     """Flattens each channel's histogram, by Pillow's integer arithmetic.
 
-    A channel with fewer than 255 pixels outside its highest level is left as it is: so is all of an 8x8 image.
+    A channel with fewer than 255 pixels outside its highest level is left as it is: so is all of an
+    8x8 image.
     """
     rows, channels, height, width = images.shape
     if height * width < LEVELS - 1:

@@ -1,7 +1,7 @@
 """What is done to each image: a policy's numbers, and the drawing of a plan from them.
 
-A plan is a NumPy table with one row a sample. It is drawn from (seed, sample id, view) alone; carrying it
-out is another module's work and draws nothing.
+A plan is a NumPy table with one row a sample. It is drawn from (seed, sample id, view) alone;
+carrying it out is another module's work and draws nothing.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Policy:
         flip: Mirrors half of the views, where the data set allows it.
         crop_scale: Smallest area of the random resized crop, a fraction of the image's.
         crop_ratio: Largest aspect ratio of the crop; the smallest is its inverse.
-        jitter: Brightness, contrast and saturation factors are from ``1 - jitter`` to ``1 + jitter``.
+        jitter: Brightness, contrast and saturation factors are from ``1 - jitter`` to
+            ``1 + jitter``.
         operations: RandAugment's N, 0 to 2.
         magnitude: RandAugment's M of 10: each magnitude is drawn from 1 to M, as FixMatch does.
         erase: Probability of random erasing.

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SUFFIXES", "decode", "look"]
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 
 _GREY_MODES = frozenset(("1", "L", "LA", "La", "F", "I"))
 _ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height

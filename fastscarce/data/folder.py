@@ -43,8 +43,8 @@ def load_folder(
     Args:
         root: The folder. ``test/`` holds class sub-folders, ``unlabelled/`` images at any depth.
         unlabelled: Another folder of unlabelled images, at any depth.
-        image_size: Height and width in pixels. By default the images' own where all are square, of one
-            size and at most 224; else the largest shorter side, at most 224.
+        image_size: Height and width in pixels. By default the images' own where all are square,
+            of one size and at most 224; else the largest shorter side, at most 224.
         flip: Whether a mirrored image keeps its label; by default yes.
         on_error: ``raise`` or ``skip``: what to do about an image that can't be decoded.
 

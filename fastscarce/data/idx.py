@@ -38,7 +38,7 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
         dimensions: How many the array must have: 1 for labels, 3 for images.
 
     Raises:
-        DataError: The file can't be read, is no such idx file, or is not as long as its header says.
+        DataError: The file can't be read, is no such idx file, or is not as long as it says.
 
     Source: LeCun, Cortes and Burges, "The MNIST database", file formats.
     """
@@ -52,8 +52,9 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     magic = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
     if content[:4] != magic:
         raise DataError(
-            f"{path} needs the idx magic number {magic.hex()}, got {content[:4].hex() or 'nothing'};"
-            " check that images and labels are not exchanged, or fetch the file again."
+            f"{path} needs the idx magic number {magic.hex()}, got"
+            f" {content[:4].hex() or 'nothing'}; check that images and labels are not"
+            " exchanged, or fetch the file again."
         )
     if len(content) < header:
         raise DataError(f"{path} ends within its header; fetch the file again.")
@@ -70,8 +71,9 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
 def load_idx(folder: Path, *, flip: bool | None = None) -> ImageSet:
     """Load ``train-`` and, where they are, ``t10k-`` images and labels from a folder.
 
-    Class names come from ``classes.txt`` (a line each) beside the files, or are Fashion-MNIST's where the
-    folder's name says so, or else the digits. A sample's id is its position, test images last.
+    Class names come from ``classes.txt`` (a line each) beside the files, or are Fashion-MNIST's
+    where the folder's name says so, or else the digits. A sample's id is its position, test images
+    last.
 
     Raises:
         DataError: A file is missing, unreadable or doesn't match its sibling.
@@ -102,7 +104,12 @@ def load_idx(folder: Path, *, flip: bool | None = None) -> ImageSet:
 
 
 def _find(folder: Path, stem: str) -> Path | None:
-    for name in (stem, stem + ".gz", stem.replace("-idx", ".idx"), stem.replace("-idx", ".idx") + ".gz"):
+    for name in (
+        stem,
+        stem + ".gz",
+        stem.replace("-idx", ".idx"),
+        stem.replace("-idx", ".idx") + ".gz",
+    ):
         if (folder / name).is_file():
             return folder / name
     return None

@@ -74,7 +74,7 @@ class ImageSet:
         return int(self.images.shape[3])
 
     def fingerprint(self) -> str:
-        """Hex digest of ids, labels, pixels, test split and classes; of neither paths nor listing order."""
+        """Hex digest of ids, labels, pixels, test split and classes, whatever their order."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((self.images.shape, self.classes)).encode())
         order = np.argsort(self.ids)

@@ -45,7 +45,9 @@ def load(
         )
     for name, value in (("unlabelled", unlabelled), ("image_size", image_size)):
         if value is not None:
-            raise DataError(f"{name} is for data of the form folder:PATH, got {spec!r}; leave it out.")
+            raise DataError(
+                f"{name} is for data of the form folder:PATH, got {spec!r}; leave it out."
+            )
     if kind == "idx" and path:
         return load_idx(Path(path).expanduser(), flip=flip)
     if kind == "digits" and not colon:

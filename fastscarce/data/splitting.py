@@ -53,7 +53,7 @@ def split(
         seed: Any integer.
 
     Raises:
-        DataError: A number is out of its range, or a class has fewer labelled images than are asked for.
+        DataError: A number is out of its range, or a class has fewer labelled images than asked.
     """
     if labels_per_class is not None and labels_per_class < 1:
         raise DataError(f"labels_per_class must be at least 1, got {labels_per_class}.")

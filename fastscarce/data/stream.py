@@ -24,8 +24,8 @@ class StreamBatch:
     Attributes:
         positions: Which samples.
         epoch: Of each row: a batch may span the end of an epoch.
-        view: Which view of the sample: ``epoch * max_repeats + n`` for its n-th row in the epoch, so
-            that no view is seen twice.
+        view: Which view of the sample: ``epoch * max_repeats + n`` for its n-th row in the epoch,
+            so that no view is seen twice.
     """
 
     positions: Numbers
@@ -37,12 +37,14 @@ class StreamBatch:
 class Stream:
     """Batches in the order of a permutation for each epoch, keyed by (seed, epoch).
 
-    Row ``g`` of the stream belongs to epoch ``g // size``; process ``rank`` takes rows ``rank::world_size`` of
-    each global batch. So each sample comes exactly once an epoch, in the same order for any number of
-    processes, and the state is one integer, the step.
+    Row ``g`` of the stream belongs to epoch ``g // size``; process ``rank`` takes the ``rank``-th
+    of ``world_size`` equal blocks of each global batch. So each sample comes exactly once an epoch,
+    in the same order for any number of processes; neighbours, which CutMix pairs, stay in one
+    process where blocks are even; and the state is one integer, the step.
 
     Args:
-        size: How many samples, or the positions to stream, int64 ``(size,)``, where one may be repeated.
+        size: How many samples, or the positions to stream, int64 ``(size,)``, where one may be
+            repeated.
         seed: Any integer.
         batch_size: Rows of a global batch, over all processes.
         rank: This process's number.
@@ -87,7 +89,8 @@ class Stream:
         if step < 0:
             raise ValueError(f"step must be 0 or more, got {step}.")
         first = step * self.batch_size
-        row = np.arange(first + self.rank, first + self.batch_size, self.world_size, dtype=np.int64)
+        share = self.batch_size // self.world_size
+        row = np.arange(share, dtype=np.int64) + first + self.rank * share
         epoch = row // self.rows
         place = np.empty_like(row)
         for number in np.unique(epoch):

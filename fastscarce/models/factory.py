@@ -29,11 +29,11 @@ def create(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
 ) -> nn.Module:
-    """Make a model; its weights are a function of the seed, and torch's generator is left as it was.
+    """Make a model; its weights depend on the seed alone, and torch's generator is left alone.
 
     Args:
-        name: ``small_cnn``, ``small_cnn_gn`` (group norm), a timm name, or ``local-dir:FOLDER`` for weights
-            saved by `save` or by timm: a head for other classes is made new.
+        name: ``small_cnn``, ``small_cnn_gn`` (group norm), a timm name, or ``local-dir:FOLDER`` for
+            weights saved by `save` or by timm: a head for other classes is made new.
         classes: How many logits.
         channels: Of the images, 1 or 3.
         image_size: Height and width in pixels.
@@ -43,7 +43,7 @@ def create(
         drop_path_rate: Stochastic depth, 0 to below 1, where the model has it.
 
     Raises:
-        ModelError: The model is unknown, can't be made for such images, or its weights can't be had.
+        ModelError: The model is unknown, can't be made for such images, or has no such weights.
     """
     for setting, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0.0 <= rate < 1.0:
@@ -63,7 +63,12 @@ def create(
 
 def _small(name: str, sizes: dict[str, int], rates: dict[str, float]) -> nn.Module:
     try:
-        return small_cnn.SmallCNN(**sizes, group_norm=name == "small_cnn_gn", **rates)
+        return small_cnn.SmallCNN(
+            **sizes,
+            group_norm=name == "small_cnn_gn",
+            drop_rate=rates["drop_rate"],
+            drop_path_rate=rates["drop_path_rate"],
+        )
     except ValueError as error:
         raise ModelError(f"{name} can't be made: {error}") from error
 
@@ -108,7 +113,7 @@ def _create_timm(name: str, arguments: dict[str, Any], *, pretrained: bool) -> n
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except TypeError as error:
-        # Some of timm's models have no stochastic depth; the rest of the recipe still holds for them.
+        # Some of timm's models have no stochastic depth; the rest of the recipe holds for them.
         if "drop_path_rate" not in arguments or "drop_path_rate" not in str(error):
             raise
         arguments = {key: value for key, value in arguments.items() if key != "drop_path_rate"}

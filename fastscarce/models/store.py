@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fastscarce.errors import ModelError, ResultsError
 from fastscarce.files import write_whole
-from fastscarce.models import small_cnn
 
 __all__ = ["ModelInfo", "load", "load_matching", "read_config", "save"]
 
@@ -152,9 +151,7 @@ def load_matching(model: nn.Module, weights: dict[str, Tensor], folder: Path) ->
     """
     own = model.state_dict()
     fitting = {
-        key: value
-        for key, value in weights.items()
-        if key in own and own[key].shape == value.shape
+        key: value for key, value in weights.items() if key in own and own[key].shape == value.shape
     }
     odd = [key for key in own if key not in fitting and not key.startswith("head.")]
     if odd:
@@ -208,7 +205,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _keep(key: str, value: object) -> bool:
-    """Whether an entry of a timm model's own configuration describes this model, not where it came from."""
+    """Whether an entry of timm's configuration describes the model, not where it came from."""
     plain = isinstance(value, (bool, int, float, str, list, tuple))
     return plain and key not in (*_SOURCE_KEYS, "architecture", "label_offset", "test_input_size")
 

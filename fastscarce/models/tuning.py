@@ -22,8 +22,9 @@ def groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer; frozen parameters are in none.
 
-    The head trains at ``head_rate``; a layer ``k`` layers below it at ``backbone_rate * layer_decay**k``. Parameters
-    of one dimension (biases, norms) and those that the model names have no weight decay.
+    The head trains at ``head_rate``; a layer ``k`` layers below it at ``backbone_rate *
+    layer_decay**k``. Parameters of one dimension (biases, norms) and those that the model names
+    have no weight decay.
 
     Args:
         model: Made by `create`.
@@ -84,7 +85,7 @@ def freeze(model: nn.Module, part: str) -> None:
 
 
 def train_mode(model: nn.Module, *, freeze_batch_norm: bool = False) -> nn.Module:
-    """``model.train()``, but what is frozen stays in evaluation mode: its statistics and dropout too.
+    """``model.train()``, but what is frozen stays in evaluation mode, statistics and dropout.
 
     Args:
         model: Any model.
