@@ -59,14 +59,24 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
                 label=stage,
             )
     _dress(loss_axes, "Training loss", "step", "loss")
-    _dress(score_axes, "Score on images that trained neither", "step", "score")
-    score_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    _dress(score_axes, "Hold-out or agreement score", "step", "score")
+    score_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %"))
     for axes in (loss_axes, score_axes):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=9)
-        else:
+        if not axes.lines:
             axes.text(0.5, 0.5, "nothing measured", ha="center", transform=axes.transAxes)
+    handles = {
+        str(line.get_label()): line for axes in (loss_axes, score_axes) for line in axes.lines
+    }
+    if handles:
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=min(len(handles), 6),
+            frameon=False,
+            fontsize=9,
+        )
     data = _png(figure)
     return write_whole(path, lambda temporary: temporary.write_bytes(data))
 
@@ -83,7 +93,7 @@ def confidence_png(confidences: NDArray[Any], chosen: NDArray[np.bool_]) -> byte
     values = np.asarray(confidences, dtype=np.float64)
     axes.hist(
         [values[chosen], values[~chosen]],
-        bins=np.linspace(0.0, 1.0, 26),
+        bins=np.linspace(0.0, 1.0, 26).tolist(),
         stacked=True,
         color=[COLOURS[0], "#bbbbbb"],
         edgecolor="white",
@@ -145,7 +155,7 @@ def _series(
 
 def _dress(axes: Axes, title: str, across: str, up: str) -> None:
     """Title, names of the axes, a quiet grid and no box."""
-    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="semibold")
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(up, color=INK)
     axes.grid(color=GRID, linewidth=0.7)

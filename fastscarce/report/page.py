@@ -81,7 +81,7 @@ def write_report(path: str | Path, context: ReportContext) -> Path:
 
 def _percent(value: float | None) -> str:
     """0.955 as 95.5 %, and nothing as a dash."""
-    return "–" if value is None else f"{100.0 * value:.1f} %"
+    return "\N{EN DASH}" if value is None else f"{100.0 * value:.1f} %"
 
 
 def _uri(png: bytes) -> str:
