@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastscarce import __version__
+
 __all__ = ["Check", "collect", "main", "render"]
 
 State = Literal["ok", "note", "broken"]
 
-# Distribution, module to import, oldest version that does; torchvision before those that need it.
+# Torch first and torchvision next, so that a failure is told of the package that causes it.
 IMPORTED = ("torch", "torchvision", "timm", "kornia")
 LISTED = ("accelerate", "numba", "numpy", "pyarrow", "safetensors")
 FASHION_MNIST = Path("/usr/share/dataset-fashion-mnist")
@@ -41,7 +43,7 @@ class Check:
 
 def collect() -> list[Check]:
     """Look at everything; a check that fails is a line of the list, never an exception."""
-    checks = [_version("fastscarce", cure="python -m pip install .")]
+    checks = [_own_version()]
     checks.append(Check("python", "ok", f"{platform.python_version()} ({sys.executable})"))
     checks += [_imported(name) for name in IMPORTED]
     checks += [_version(name) for name in LISTED]
@@ -89,13 +91,19 @@ def main() -> int:
     return int(any(check.state == "broken" for check in checks))
 
 
-def _version(name: str, *, cure: str | None = None) -> Check:
+def _own_version() -> Check:
+    check = _version("fastscarce")
+    if check.state == "ok":
+        return check
+    return Check("fastscarce", "note", f"{__version__}, used from its source folder")
+
+
+def _version(name: str) -> Check:
     """A package that is needed, by what its installer wrote of it."""
     try:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        mend = cure or f"python -m pip install {name}"
-        return Check(name, "broken", "not installed", mend)
+        return Check(name, "broken", "not installed", f"python -m pip install {name}")
 
 
 def _imported(name: str) -> Check:
@@ -107,12 +115,11 @@ def _imported(name: str) -> Check:
         importlib.import_module(name)
     except Exception as error:  # whatever a broken package raises is what the user must see
         where = f"{type(error).__name__}: {_line(error)}"
-        names = name if name == "torch" else f"{name} (after torch)"
         cure = f"{REINSTALL} {name}" if name == "torch" else f"{REINSTALL} torch {name}"
         return Check(
             name,
             "broken",
-            f"{check.value}, but importing {names} fails: {where}",
+            f"{check.value}, but importing it fails: {where}",
             f"{cure}; if it stays, see that no folder named {name} on PYTHONPATH hides it",
         )
     return check

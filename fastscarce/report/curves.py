@@ -22,7 +22,8 @@ __all__ = ["confidence_png", "draw_curves", "kept_png"]
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, GRID = "#333333", "#dddddd"
+INK, GRID, OTHERS = "#333333", "#dddddd", "#bbbbbb"
+MOST_NAMED = 40
 
 
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -95,7 +96,7 @@ def confidence_png(confidences: NDArray[Any], chosen: NDArray[np.bool_]) -> byte
         [values[chosen], values[~chosen]],
         bins=np.linspace(0.0, 1.0, 26).tolist(),
         stacked=True,
-        color=[COLOURS[0], "#bbbbbb"],
+        color=[COLOURS[0], OTHERS],
         edgecolor="white",
         linewidth=0.6,
         label=["kept", "not kept"],
@@ -118,17 +119,24 @@ def kept_png(labels: NDArray[Any], chosen: NDArray[np.bool_], names: Sequence[st
     height = min(3.2 + 0.16 * max(classes - 10, 0), 8.0)
     figure = Figure(figsize=(5.2, height), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    places = np.arange(classes)
     rows = np.asarray(labels, dtype=np.int64)
-    axes.barh(places, np.bincount(rows, minlength=classes), color="#bbbbbb", label="all")
+    total = np.bincount(rows, minlength=classes)
     kept = np.bincount(rows[chosen], minlength=classes)
-    axes.barh(places, kept, color=COLOURS[0], height=0.5, label="kept")
-    if classes <= 40:
+    if classes <= MOST_NAMED:
+        places = np.arange(classes)
+        axes.barh(places, total, color=OTHERS, label="all")
+        axes.barh(places, kept, color=COLOURS[0], height=0.5, label="kept")
         shown = [name if len(name) <= 18 else name[:17] + "…" for name in names]
         # A dollar sign would begin a formula.
         axes.set_yticks(places, [name.replace("$", r"\$") for name in shown], fontsize=8)
+    else:
+        edges = np.arange(classes + 1) - 0.5
+        for counts, colour, label in ((total, OTHERS, "all"), (kept, COLOURS[0], "kept")):
+            axes.stairs(
+                counts, edges, orientation="horizontal", fill=True, color=colour, label=label
+            )
     axes.invert_yaxis()
-    _dress(axes, "Pseudo-labels of each class", "images", "" if classes <= 40 else "class")
+    _dress(axes, "Pseudo-labels of each class", "images", "" if classes <= MOST_NAMED else "class")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     figure.legend(
         *axes.get_legend_handles_labels(),
