@@ -196,13 +196,24 @@ def _threads() -> list[Check]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
-    threads = torch.get_num_threads()
-    value = f"{threads} of torch on {cores} cores"
+    cores = min(cores or 1, _quota() or sys.maxsize)
+    # torch may take fewer than were asked for where other libraries take them all.
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = max(torch.get_num_threads(), int(asked) if asked.isdigit() else 0)
+    value = f"{threads} on {cores} cores"
     if threads > cores:
         cure = f"export OMP_NUM_THREADS={cores}"
         return [Check("threads", "note", f"{value}: more than there are, which is slower", cure)]
     return [Check("threads", "ok", value)]
+
+
+def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
+    """Whole cores that a container may use at once; ``None`` where it has no limit."""
+    try:
+        share, period = file.read_text().split()
+        return max(1, round(int(share) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
 
 
 def _fashion_mnist() -> Check:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastscarce
-from fastscarce.doctor import Check, collect, render
+from fastscarce.doctor import Check, _quota, collect, render
 
 SOURCE = Path(fastscarce.__file__).parents[1]
 WHOLE = "import sys; from fastscarce.doctor import main; sys.exit(main())"
@@ -30,6 +30,8 @@ def run(
         capture_output=True,
         text=True,
         check=False,
+        # Away from the source folder, which a program given by -c would look into first.
+        cwd=os.sep,
         env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         | environment,
         timeout=60,
@@ -104,6 +106,16 @@ def test_more_threads_than_cores_are_a_note() -> None:
     ran = run(THREADS, OMP_NUM_THREADS=str(4 * (os.cpu_count() or 1)))
     assert "more than there are" in ran.stdout
     assert "export OMP_NUM_THREADS=" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None), ("", None)],
+)
+def test_a_container_s_share_of_cores(tmp_path: Path, text: str, cores: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert _quota(tmp_path / "cpu.max") == cores
+    assert _quota(tmp_path / "absent") is None
 
 
 def test_cures_are_printed_whole(

@@ -46,6 +46,7 @@ def write_report(path: str | Path, context: ReportContext) -> Path:
             f"got {len(context.confidences)}, {len(context.chosen)} and {len(context.labels)}."
         )
     chosen = np.asarray(context.chosen, dtype=np.bool_)
+    sheet = [(_uri(_thumbnail(image)), caption) for image, caption in context.sheet]
     environment = Environment(
         loader=PackageLoader("fastscarce.report", "."),
         autoescape=True,
@@ -74,7 +75,7 @@ def write_report(path: str | Path, context: ReportContext) -> Path:
         context=context,
         figures=figures,
         guards=GUARDS,
-        sheet=[(_uri(_thumbnail(image)), caption) for image, caption in context.sheet],
+        sheet=sheet,
     )
     return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

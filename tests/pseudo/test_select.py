@@ -94,7 +94,7 @@ def brute_force(
     return counts
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tables(), settings_of)
 def test_is_brute_force(labels: PseudoLabels, options: dict[str, object]) -> None:
     found = select(labels, **options)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_is_brute_force(labels: PseudoLabels, options: dict[str, object]) -> Non
     np.testing.assert_array_equal(found.chosen, found.repeats > 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tables(), settings_of, st.randoms(use_true_random=False))
 def test_does_not_depend_on_order(
     labels: PseudoLabels, options: dict[str, object], random: object
@@ -118,7 +118,7 @@ def test_does_not_depend_on_order(
     np.testing.assert_array_equal(shuffled.repeats, plain.repeats[places])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tables(), st.integers(1, 12), st.sampled_from([0.0, 0.5, 1.0]))
 def test_balances_every_class_it_keeps(labels: PseudoLabels, keep: int, threshold: float) -> None:
     found = select(labels, keep_per_class=keep, threshold=threshold)
