@@ -98,7 +98,9 @@ def _timm(
     if _has_fixed_size(name):
         arguments["img_size"] = sizes["image_size"]
     try:
-        return _create_timm(name, arguments, pretrained=pretrained)
+        model = _create_timm(name, arguments, pretrained=pretrained)
+        _try(model, sizes)
+        return model
     except Exception as error:  # timm's builders and the hub's client raise what they like
         raise ModelError(
             f"{name} can't be made for {sizes['channels']} channels of {sizes['image_size']} pixels"
@@ -119,6 +121,17 @@ def _create_timm(name: str, arguments: dict[str, Any], *, pretrained: bool) -> n
         arguments = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
         model = timm.create_model(name, pretrained=pretrained, **arguments)
     return model
+
+
+def _try(model: nn.Module, sizes: dict[str, int]) -> None:
+    """Run one black image, so that images too small for the model are refused at once."""
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", 1)
+    if patches == 0:
+        raise ValueError("the image is smaller than a patch")
+    side = sizes["image_size"]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, sizes["channels"], side, side))
+    model.train()
 
 
 def _has_fixed_size(name: str) -> bool:

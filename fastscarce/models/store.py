@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastscarce.errors import ModelError, ResultsError
+from fastscarce.errors import ModelError
 from fastscarce.files import write_whole
 
 __all__ = ["ModelInfo", "load", "load_matching", "read_config", "save"]
@@ -181,16 +181,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _write_weights(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise ResultsError(
-            f"{path.parent / WEIGHTS} could not be written ({error}); free space on the disk."
-        ) from error
+    # Bytes, not save_file: a full disk is then the system's own error, which the caller words.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ def test_warp_against_torchvision(degrees: float) -> None:
     ],
 )
 def test_refusals(images: Tensor, ids: list[int], view: int | list[int]) -> None:
-    with pytest.raises(ValueError, match="need|view"):
+    with pytest.raises(ValueError, match=r"need|view"):
         views(images, ids, policy="weak", view=view, seed=0, flip=False)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as peer
 
-from fastscarce.augment.policy import OPERATIONS
 from fastscarce.augment.point import POINT_OPERATIONS
+from fastscarce.augment.policy import OPERATIONS
 
 CASES: list[tuple[str, float, Callable[[Tensor], Tensor], int]] = [
     *[("brightness", f, lambda x, f=f: peer.adjust_brightness(x, f), 1) for f in (0.2, 1.7)],
