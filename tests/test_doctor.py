@@ -89,7 +89,7 @@ def test_a_library_that_is_not_built(tmp_path: Path) -> None:
         if file.suffix != ".so":
             (package / file.name).symlink_to(file)
     ran = run(KERNELS, source=tmp_path)
-    assert "CPU library  broken" in ran.stdout, ran.stderr
+    assert ran.stdout.split()[:3] == ["CPU", "library", "broken"], ran.stderr
     assert "not built" in ran.stdout
     assert "pip install" in ran.stdout
     assert "Traceback" not in ran.stderr
