@@ -89,30 +89,34 @@ struct Lanes {
       }
 
     // What belongs to a row alone, number by number.
-    alignas(64) float kd_loss[L], ce_loss[L], kd_gradient[L], ce_gradient[L], mass[L], dot[L],
-        top[L];
-    alignas(64) float loss[L], hard[L];
+    alignas(64) float weight[L], mass[L], dot[L], top[L], loss[L], hard[L];
     Label labels[L];
-    bool left_out[L];
+    uint32_t left_out = 0;
     s.student_max.store(top);
+    const bool kd = call.kd_loss != 0, ce = call.ce_loss != 0;
     for (int64_t i = 0; i < L; ++i) {
       const int64_t at = row + std::min(i, count - 1);
       const Label label = labels[i] = label_of(call, at);
-      const KdWeights<float> w = Body::weights_of(call, label, at);
-      left_out[i] = label.outside || !Body::counts(setup, w);
-      kd_loss[i] = w.kd_loss;
-      ce_loss[i] = w.ce_loss;
-      kd_gradient[i] = w.kd_gradient;
-      ce_gradient[i] = w.ce_gradient;
-      mass[i] = w.label_mass;
+      const float w = weight[i] = call.weight ? call.weight[at] : 1.0f;
+      mass[i] = float(label.first_share + label.second_share);
       dot[i] = 0;
       if (label.first >= 0 && label.first_share != 0)
-        dot[i] += float(label.first_share) * (b.student[label.first * L + i] - top[i]);
+        dot[i] = float(label.first_share) * (b.student[label.first * L + i] - top[i]);
       if (label.second >= 0 && label.second_share != 0)
         dot[i] += float(label.second_share) * (b.student[label.second * L + i] - top[i]);
+      const bool counts = w != 0 && (kd || (ce && (setup.dense || mass[i] != 0)));
+      left_out |= uint32_t(label.outside || !counts) << i;
     }
-    const KdWeights<V> w = {V::load(kd_loss),     V::load(ce_loss), V::load(kd_gradient),
-                            V::load(ce_gradient), V::load(mass),    V::load(dot)};
+    KdWeights<V> w = {
+        V(float(call.kd_loss)),     V(float(call.ce_loss)), V(float(call.kd_gradient)),
+        V(float(call.ce_gradient)), V::load(mass),          V::load(dot)};
+    if (call.weight) {
+      const V by = V::load(weight);
+      w.kd_loss = w.kd_loss * by;
+      w.ce_loss = w.ce_loss * by;
+      w.kd_gradient = w.kd_gradient * by;
+      w.ce_gradient = w.ce_gradient * by;
+    }
     const KdCoefficients<V> k =
         kd_finish(s, w, V(setup.inverse_temperature), V(float(call.label_smoothing)),
                   V(setup.inverse_classes), setup.dense);
@@ -140,8 +144,8 @@ struct Lanes {
       }
       store(call, row, count, b);
     }
-    for (int64_t i = 0; i < count; ++i)
-      if (left_out[i]) Body::leave_out(call, row + i, labels[i].outside);
+    for (int64_t i = 0; left_out && i < count; ++i)
+      if (left_out >> i & 1) Body::leave_out(call, row + i, labels[i].outside);
   }
 
   static void store(const KdCall& call, int64_t row, int64_t count, Blocks& b) {

@@ -29,14 +29,16 @@
 
 namespace fastscarce::cpu::avx512 {
 
+// clang-format off: each needs those before it
 #include "../math/kd_row.h"
+#include "vec_avx512.inl"
+#include "vec_math.inl"
 #include "block8.inl"
 #include "convert.inl"
 #include "kd_label.inl"
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
-#include "vec_avx512.inl"
-#include "vec_math.inl"
+// clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
 

@@ -23,17 +23,19 @@
 
 namespace fastscarce::cpu::emulated {
 
+// clang-format off: each needs those before it
 #include "../math/kd_row.h"
 namespace half {
 #include "vec_avx2.inl"
-}
+}  // namespace half
+#include "vec_emulated.inl"
+#include "vec_math.inl"
 #include "block8.inl"
 #include "convert.inl"
 #include "kd_label.inl"
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
-#include "vec_emulated.inl"
-#include "vec_math.inl"
+// clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
 

@@ -14,11 +14,13 @@
 
 namespace fastscarce::cpu::scalar {
 
+// clang-format off: each needs those before it
 #include "../math/kd_row.h"
+#include "vec_scalar.inl"
 #include "convert.inl"
 #include "kd_label.inl"
 #include "kd_loss.inl"
-#include "vec_scalar.inl"
+// clang-format on
 
 KdKernels kd_kernels(bool float64) {
   return float64 ? Kd<Lane<double>, LaneExponential<double>>::kernels()
