@@ -117,6 +117,7 @@ class StudentConfig(StageConfig):
         temperature: What student and teacher logits are divided by.
     """
 
+    learning_rate: float = 0.1
     unlabelled_batch_size: int = 192
     alpha: float = 0.5
     temperature: float = 1.0

@@ -19,8 +19,6 @@ from fastscarce.augment.policy import OPERATIONS, SLOTS, Plan, Policy, draw
 
 __all__ = ["carry_out", "views"]
 
-ERASED_GREY = 128.0  # of photographs; other images are erased to their black background
-
 
 def views(
     images: Tensor,
@@ -169,10 +167,8 @@ def _erase(levels: Tensor, plan: Plan) -> None:
     down = (y >= edges[:, :1]) & (y < edges[:, 2:3])
     across = (x >= edges[:, 1:2]) & (x < edges[:, 3:])
     inside = (down[:, :, None] & across[:, None, :]).unsqueeze(1)
-    fill = np.where(plan["reflect"][rows], np.float32(ERASED_GREY), np.float32(0.0))
-    erased = torch.where(
-        inside, torch.from_numpy(fill).to(levels.device).view(-1, 1, 1, 1), _take(levels, rows)
-    )
+    fill = torch.from_numpy(plan["erase_level"][rows]).to(levels.device).view(-1, 1, 1, 1)
+    erased = torch.where(inside, fill, _take(levels, rows))
     _put(levels, rows, erased)
 
 

@@ -48,6 +48,7 @@ PLAN = np.dtype(
         ("operation", np.uint8, (SLOTS,)),
         ("argument", np.float32, (SLOTS,)),  # factor, threshold (grey level) or bits
         ("erase", np.int16, (4,)),  # top, left, bottom, right; bottom and right not included
+        ("erase_level", np.float32),  # grey level, 0 to 255, that the box is filled with
         ("drawn", np.uint8, (2,)),  # the RandAugment operations as drawn, geometry too
     ]
 )
@@ -59,7 +60,10 @@ _GEOMETRY_BLOCKS = 2  # words 0 to 7: flip, crop, translation
 _JITTER_BLOCKS = 1  # words 8 to 11
 _RANDAUGMENT_BLOCKS = 2  # words 12 to 19: operation, magnitude, sign for two operations
 _ERASE_BLOCKS = 2  # words 20 to 27
-_BLOCKS = _GEOMETRY_BLOCKS + _JITTER_BLOCKS + _RANDAUGMENT_BLOCKS + _ERASE_BLOCKS
+_AFFINE_BLOCKS = 2  # words 28 to 35: rotation, scale, shear, (one unused), two translations
+_BLOCKS = (
+    _GEOMETRY_BLOCKS + _JITTER_BLOCKS + _RANDAUGMENT_BLOCKS + _ERASE_BLOCKS + _AFFINE_BLOCKS
+)
 
 _CODE = {name: place for place, name in enumerate(OPERATIONS)}
 _ROTATION_DEGREES = 30.0
@@ -81,6 +85,10 @@ class Policy:
             ``1 + jitter``.
         operations: RandAugment's N, 0 to 2.
         magnitude: RandAugment's M of 10: each magnitude is drawn from 1 to M, as FixMatch does.
+        rotate: Largest rotation, degrees.
+        scale: The scale is from ``exp(-scale)`` to ``exp(scale)``, uniform in its logarithm.
+        shear: Largest shear along x, a fraction of the height.
+        translate: Largest translation, a fraction of the side; in parts of pixels.
         erase: Probability of random erasing.
         erase_area: Smallest and largest erased area, fractions of the image's.
     """
@@ -92,6 +100,10 @@ class Policy:
     jitter: float = 0.0
     operations: int = 0
     magnitude: float = 9.0
+    rotate: float = 0.0
+    scale: float = 0.0
+    shear: float = 0.0
+    translate: float = 0.0
     erase: float = 0.0
     erase_area: tuple[float, float] = (0.02, 0.2)
 
@@ -100,7 +112,17 @@ POLICIES = {
     "eval": Policy(),
     "weak": Policy(shift=0.125, flip=True),
     "standard": Policy(flip=True, crop_scale=0.6, jitter=0.4),
-    "strong": Policy(shift=0.125, flip=True, operations=2, magnitude=9.0, erase=0.5),
+    "strong": Policy(
+        flip=True,
+        rotate=25.0,
+        scale=0.2,
+        shear=0.3,
+        translate=0.1,
+        jitter=0.4,
+        operations=2,
+        magnitude=5.0,
+        erase=0.5,
+    ),
 }
 
 
@@ -157,8 +179,11 @@ def draw(
     if chosen == Policy():
         return plan
     uniform = philox.uniforms(seed, places, view, first=0, count=_BLOCKS)
-    # Source from output: first the crop's frame, then RandAugment's warps in it, about the centre.
+    # Source from output: the crop's frame, then the affine's and RandAugment's warps in it, each
+    # about the centre.
     matrix = _placement(uniform[:, :8], chosen, height, width, flip)
+    if max(chosen.rotate, chosen.scale, chosen.shear, chosen.translate) > 0:
+        matrix = matrix @ _affine(uniform[:, 28:36], chosen, height, width)
     if chosen.jitter > 0:
         _draw_jitter(plan, uniform[:, 8:12], chosen)
     if chosen.operations > 0:
@@ -189,6 +214,24 @@ def _placement(
         most = max(1, round(policy.shift * side)) if policy.shift > 0 else 0
         pixels = np.floor(uniform[:, column + 2] * (2 * most + 1)) - most
         matrix[:, axis, 2] = (uniform[:, column] - 0.5) * (1.0 - scale) * side + pixels
+    return matrix
+
+
+def _affine(
+    uniform: Uniforms, policy: Policy, height: int, width: int
+) -> npt.NDArray[np.float64]:
+    """Rotation, scale, shear and translation: output to source, ``(rows, 3, 3)``."""
+    spread = 2.0 * uniform - 1.0
+    angle = spread[:, 0] * np.pi * policy.rotate / 180.0
+    scale = np.exp(spread[:, 1] * policy.scale)
+    matrix = np.zeros((uniform.shape[0], 3, 3))
+    matrix[:, 0, 0] = scale * np.cos(angle)
+    matrix[:, 0, 1] = scale * (spread[:, 2] * policy.shear - np.sin(angle))
+    matrix[:, 0, 2] = spread[:, 4] * policy.translate * width
+    matrix[:, 1, 0] = scale * np.sin(angle)
+    matrix[:, 1, 1] = scale * np.cos(angle)
+    matrix[:, 1, 2] = spread[:, 5] * policy.translate * height
+    matrix[:, 2, 2] = 1.0
     return matrix
 
 
@@ -250,7 +293,10 @@ def _warp_of(
 
 
 def _draw_erasing(plan: Plan, uniform: Uniforms, policy: Policy, height: int, width: int) -> None:
-    """A box of random area and aspect ratio (0.3 to 3.3), whole inside the image."""
+    """A box of random area, aspect ratio (0.3 to 3.3) and level, whole inside the image.
+
+    Source: Zhong et al., "Random Erasing Data Augmentation" (2020); one level a box.
+    """
     least, most = policy.erase_area
     area = (least + (most - least) * uniform[:, 1]) * height * width
     ratio = np.exp((2.0 * uniform[:, 2] - 1.0) * np.log(10.0 / 3.0))
@@ -260,6 +306,7 @@ def _draw_erasing(plan: Plan, uniform: Uniforms, policy: Policy, height: int, wi
     left = np.floor(uniform[:, 4] * (width - box_width + 1))
     box = np.stack((top, left, top + box_height, left + box_width), axis=1)
     plan["erase"] = np.where((uniform[:, 0] < policy.erase)[:, None], box, 0)
+    plan["erase_level"] = np.floor(uniform[:, 5] * 256.0)
 
 
 def _from_centred(

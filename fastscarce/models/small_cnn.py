@@ -1,4 +1,4 @@
-"""A small residual network for images of 8 to 32 pixels: 0.29 M parameters at ten classes."""
+"""A small residual network for images of 8 to 32 pixels: 73 thousand parameters at ten classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["NAMES", "SmallCNN"]
 
 NAMES = ("small_cnn", "small_cnn_gn")
 
-_WIDTHS = (32, 64, 128)
+_WIDTHS = (16, 32, 64)
 _LARGEST_FIRST_MAP = 16  # pixels a side in the first stage; larger images begin with a stride
 _CHANNELS_PER_GROUP = 8  # of group norm
 
@@ -46,7 +46,7 @@ class _Stage(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Three stages of 32, 64 and 128 channels, average pooling, dropout and a linear head.
+    """Three stages of 16, 32 and 64 channels, average pooling, dropout and a linear head.
 
     Args:
         classes: How many logits.

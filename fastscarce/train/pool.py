@@ -60,7 +60,7 @@ class Pool:
         """Views of some images, normalised as ``model`` asks, float32 ``(rows, C, H, W)``."""
         mean, std = normalisation(model, int(self.images.shape[1]))
         rows = torch.from_numpy(positions).to(self.images.device)
-        return views(
+        batch = views(
             self.images[rows],
             self.ids[positions],
             policy=policy,
@@ -70,6 +70,7 @@ class Pool:
             mean=mean,
             std=std,
         )
+        return batch.contiguous(memory_format=torch.channels_last)
 
 
 def normalisation(

@@ -244,6 +244,8 @@ def open_run(config: RunConfig, command: str) -> Run:
     """
     from accelerate import Accelerator
 
+    # Weights that decay towards zero become denormals, which a CPU is many times slower at.
+    torch.set_flush_denormal(True)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = Accelerator(

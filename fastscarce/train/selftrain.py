@@ -67,7 +67,7 @@ def selftrain(run: Run, config: SelftrainConfig) -> dict[str, Any]:
     teacher_accuracy = task.accuracy(teacher, task.split.test)
     _say(run, "teacher", teacher_accuracy)
 
-    best, best_score = teacher, guard.score(teacher)
+    best, best_verdict = teacher, guard.judge_model(teacher)
     rounds: list[RoundResult] = []
     before: PseudoLabels | None = None
     labels: PseudoLabels | None = None
@@ -82,29 +82,29 @@ def selftrain(run: Run, config: SelftrainConfig) -> dict[str, Any]:
             SelfTraining(run, task.pool, labelled, labels, config.student),
             score=guard.score,
         )
-        score = guard.score(student)
-        adopted = score >= best_score
+        verdict = guard.judge_model(student)
+        adopted = not guard.is_worse(verdict, best_verdict)
         confidence = labels.confidence[labels.chosen]
         rounds.append(
             RoundResult(
                 round=number,
                 judge=guard.judge,
-                teacher_score=best_score,
-                student_score=score,
+                teacher_score=best_verdict.score,
+                student_score=verdict.score,
                 adopted=adopted,
                 chosen=int(labels.chosen.sum()),
                 mean_confidence=float(confidence.mean()) if len(confidence) else None,
                 label_flips=None if before is None else label_flips(before, labels),
             )
         )
-        verdict = "adopted" if adopted else "not adopted: worse than its teacher"
+        outcome = "adopted" if adopted else "not adopted: worse than its teacher"
         run.say(
             f"round {number}: {rounds[-1].chosen} pseudo-labels, {guard.judge} "
-            f"{best_score:.4f} -> {score:.4f}, {verdict}"
+            f"{best_verdict.score:.4f} -> {verdict.score:.4f}, {outcome}"
         )
         before = labels
         if adopted:
-            best, best_score, chosen_model = student, score, config.model
+            best, best_verdict, chosen_model = student, verdict, config.model
 
     student_accuracy = task.accuracy(best, task.split.test)
     _say(run, "returned model", student_accuracy)

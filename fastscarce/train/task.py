@@ -41,7 +41,7 @@ class Task:
                 f"Models need square images, got {height}x{width}; set image_size to bring them "
                 "to one."
             )
-        return create(
+        model = create(
             config.name,
             classes=self.pool.classes,
             channels=self.images.channels,
@@ -51,6 +51,8 @@ class Task:
             drop_rate=config.dropout,
             drop_path_rate=config.stochastic_depth,
         )
+        # The layout that convolutions are fastest in, on CPUs as on tensor cores.
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def prepared(self, config: ModelConfig, settings: StageConfig, stage: str) -> nn.Module:
         """A new network with the layers frozen that ``settings`` freezes."""
