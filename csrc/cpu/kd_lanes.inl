@@ -89,22 +89,40 @@ struct Lanes {
       }
 
     // What belongs to a row alone, number by number.
-    alignas(64) float weight[L], mass[L], dot[L], top[L], loss[L], hard[L];
-    Label labels[L];
-    uint32_t left_out = 0;
+    alignas(64) float weight[L], first_share[L], second_share[L], mass[L], dot[L], top[L];
+    alignas(64) float loss[L], hard[L];
+    int64_t first[L], second[L];
+    uint32_t left_out = 0, outside = 0;
     s.student_max.store(top);
     const bool kd = call.kd_loss != 0, ce = call.ce_loss != 0;
+    const bool plain = call.target && !call.partner && !call.weight;
     for (int64_t i = 0; i < L; ++i) {
       const int64_t at = row + std::min(i, count - 1);
-      const Label label = labels[i] = label_of(call, at);
-      const float w = weight[i] = call.weight ? call.weight[at] : 1.0f;
-      mass[i] = float(label.first_share + label.second_share);
+      if (plain) {
+        const int64_t index = call.target[at];
+        const bool inside = uint64_t(index) < uint64_t(classes) && index != call.ignore_index;
+        first[i] = inside ? index : -1;
+        first_share[i] = mass[i] = inside ? 1.0f : 0.0f;
+        second[i] = -1;
+        dot[i] = inside ? b.student[index * L + i] - top[i] : 0.0f;
+        const bool bad = !inside && index != call.ignore_index;
+        outside |= uint32_t(bad) << i;
+        left_out |= uint32_t(bad || !(kd || (ce && inside))) << i;
+        continue;
+      }
+      const Label label = label_of(call, at);
+      first[i] = label.first;
+      second[i] = label.second;
+      first_share[i] = float(label.first_share);
+      second_share[i] = float(label.second_share);
+      weight[i] = call.weight ? call.weight[at] : 1.0f;
+      mass[i] = first_share[i] + second_share[i];
       dot[i] = 0;
-      if (label.first >= 0 && label.first_share != 0)
-        dot[i] = float(label.first_share) * (b.student[label.first * L + i] - top[i]);
-      if (label.second >= 0 && label.second_share != 0)
-        dot[i] += float(label.second_share) * (b.student[label.second * L + i] - top[i]);
-      const bool counts = w != 0 && (kd || (ce && (setup.dense || mass[i] != 0)));
+      if (first_share[i] != 0) dot[i] = first_share[i] * (b.student[first[i] * L + i] - top[i]);
+      if (second_share[i] != 0)
+        dot[i] += second_share[i] * (b.student[second[i] * L + i] - top[i]);
+      const bool counts = weight[i] != 0 && (kd || (ce && (setup.dense || mass[i] != 0)));
+      outside |= uint32_t(label.outside) << i;
       left_out |= uint32_t(label.outside || !counts) << i;
     }
     KdWeights<V> w = {
@@ -137,15 +155,13 @@ struct Lanes {
       }
       k.hard.store(hard);
       for (int64_t i = 0; i < count; ++i) {
-        const Label& label = labels[i];
-        if (label.first >= 0) b.student[label.first * L + i] -= hard[i] * float(label.first_share);
-        if (label.second >= 0)
-          b.student[label.second * L + i] -= hard[i] * float(label.second_share);
+        if (first[i] >= 0) b.student[first[i] * L + i] -= hard[i] * first_share[i];
+        if (second[i] >= 0) b.student[second[i] * L + i] -= hard[i] * second_share[i];
       }
       store(call, row, count, b);
     }
     for (int64_t i = 0; left_out && i < count; ++i)
-      if (left_out >> i & 1) Body::leave_out(call, row + i, labels[i].outside);
+      if (left_out >> i & 1) Body::leave_out(call, row + i, outside >> i & 1);
   }
 
   static void store(const KdCall& call, int64_t row, int64_t count, Blocks& b) {
