@@ -10,9 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastscarce import augment, data, models, ops, pseudo, train
+    import fastscarce.augment as augment
+    import fastscarce.data as data
+    import fastscarce.models as models
+    import fastscarce.ops as ops
+    import fastscarce.pseudo as pseudo
+    import fastscarce.report as report
+    import fastscarce.train as train
 
-__all__ = ["__version__", "augment", "data", "models", "ops", "pseudo", "train"]
+__all__ = ["__version__", "augment", "data", "models", "ops", "pseudo", "report", "train"]
 
 __version__ = "0.1.0"
 

@@ -164,9 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command, config = _parse(words)
         if command == _DOCTOR:
-            from fastscarce import doctor
+            from fastscarce.doctor import main as examine
 
-            return doctor.main()
+            return examine()
         return _train(command, config)
     except Interrupted as error:
         print(str(error), file=sys.stderr)

@@ -15,7 +15,7 @@ from fastscarce.train.run import Run
 
 __all__ = ["Pool", "accuracy", "predict"]
 
-# Rows of a forward pass. Part of the result: a model's output depends on its batch in the last bits.
+# Rows of a forward pass; part of the result, since the last bits of a row depend on its batch.
 BATCH = 512
 
 Positions = NDArray[np.int64]

@@ -20,7 +20,8 @@ def cosine(step: int, *, steps: int, warmup_steps: int) -> float:
     Returns:
         A factor in (0, 1].
 
-    Source: Loshchilov and Hutter, "SGDR" (2017), without restarts; warm-up after Goyal et al. (2017).
+    Source: Loshchilov and Hutter, "SGDR" (2017), without restarts; warm-up after Goyal et al.,
+    "Accurate, Large Minibatch SGD" (2017).
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -52,7 +52,7 @@ class Task:
             drop_path_rate=config.stochastic_depth,
         )
         # The layout that convolutions are fastest in, on CPUs as on tensor cores.
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(memory_format=torch.channels_last)
 
     def prepared(self, config: ModelConfig, settings: StageConfig, stage: str) -> nn.Module:
         """A new network with the layers frozen that ``settings`` freezes."""
