@@ -1,8 +1,8 @@
 """Loads the compiled libraries and registers what they leave to Python; private.
 
-``_C.so`` holds the schemas and the CPU kernels and has to be there; ``_C_cuda.so`` holds the CUDA
-kernels and is loaded where torch has CUDA. Fake kernels (shapes without data, for ``torch.compile``)
-and gradients are registered here, one function an operator.
+``_C.so`` holds the schemas and the CPU kernels and has to be there; ``_C_cuda.so`` holds the
+CUDA kernels and is loaded where torch has CUDA. Fake kernels (shapes without data, for
+``torch.compile``) and gradients are registered here, one function an operator.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def cuda_status() -> str:
 # ---- kd_loss
 
 
-@torch.library.register_fake("fastscarce::kd_loss")
+@torch.library.register_fake("fastscarce::kd_loss")  # type: ignore[untyped-decorator]
 def _kd_loss_fake(
     student: Tensor,
     teacher: Tensor | None,
@@ -115,12 +115,12 @@ def _kd_loss_fake(
     return loss, gradient, student.new_empty((), dtype=dtype)
 
 
-@torch.library.register_fake("fastscarce::kd_loss_backward")
+@torch.library.register_fake("fastscarce::kd_loss_backward")  # type: ignore[untyped-decorator]
 def _kd_loss_backward_fake(gradient: Tensor, factor: Tensor, upstream: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-@torch.library.register_fake("fastscarce::kd_loss_backward_")
+@torch.library.register_fake("fastscarce::kd_loss_backward_")  # type: ignore[untyped-decorator]
 def _kd_loss_backward_in_place_fake(gradient: Tensor, factor: Tensor, upstream: Tensor) -> None:
     return None
 

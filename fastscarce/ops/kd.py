@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastscarce import _ops as _ops  # loads the kernels
+from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops.targets import MixedTarget
 
 __all__ = ["kd_loss"]
@@ -41,15 +41,15 @@ class _KDLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         gradient, factor = ctx.saved_tensors
         upstream = upstream.contiguous()
         if _keeps_graph():
             # Another backward pass will read the stored gradient: leave it as it is.
             return (_backward(gradient, factor, upstream), *(None,) * 10)
-        # The last use of the stored gradient: hand it out, scaled where it lies. The kernel compares
-        # the scale with 1 on the device and then touches nothing.
+        # The last use of the stored gradient: hand it out, scaled where it lies. The kernel
+        # compares the scale with 1 on the device and then touches nothing.
         _backward_in_place(gradient, factor, upstream)
         return (gradient, *(None,) * 10)
 
@@ -70,15 +70,15 @@ def kd_loss(
     """Knowledge distillation plus cross entropy, from raw logits.
 
     ``alpha * T**2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student,
-    target)``. With ``reduction="mean"`` each term is a weighted mean over rows with a denominator of
-    its own: the distillation term over all rows, the label term over labelled rows. A term without
-    rows is 0.
+    target)``. With ``reduction="mean"`` each term is a weighted mean over rows with a denominator
+    of its own: the distillation term over all rows, the label term over labelled rows. A term
+    without rows is 0.
 
     Args:
         student: Logits, float32, bfloat16, float16 or float64, shape ``(rows, classes)``. Rows may
             be strided.
-        teacher: Logits of the same shape and device, of any of these dtypes; gets no gradient. None:
-            cross entropy alone.
+        teacher: Logits of the same shape and device, of any of these dtypes; gets no gradient.
+            None: cross entropy alone.
         target: Class indices, int64, ``(rows,)``; or a :class:`MixedTarget`; or a dense label,
             floating point, ``(rows, classes)``. None: distillation alone.
         loss: Divergence of the distillation term: ``"kl"``.
@@ -98,8 +98,8 @@ def kd_loss(
         outside the classes, on a GPU or under ``torch.compile``; on a CPU this raises.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit, a number is out of its range, or (on a CPU)
-            a target is outside the classes.
+        ValueError: Shapes, dtypes or devices do not fit, a number is out of its range, or (on a
+            CPU) a target is outside the classes.
 
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015),
     section 2.

@@ -1,7 +1,7 @@
-"""Plain-PyTorch twins of the fused operators: the definition that both back ends are tested against.
+"""Plain-PyTorch twins of the fused operators: what both back ends are tested against.
 
-Written for clearness, from the formulas, in the dtype of the arguments; autograd gives the gradients.
-A new loss begins here.
+Written for clearness, from the formulas, in the dtype of the arguments; autograd gives the
+gradients. A new loss begins here.
 """
 
 from __future__ import annotations
