@@ -93,7 +93,7 @@ def cuda_status() -> str:
 # ---- kd_loss
 
 
-@torch.library.register_fake("fastscarce::kd_loss")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastscarce::kd_loss")
 def _kd_loss_fake(
     student: Tensor,
     teacher: Tensor | None,
@@ -115,12 +115,12 @@ def _kd_loss_fake(
     return loss, gradient, student.new_empty((), dtype=dtype)
 
 
-@torch.library.register_fake("fastscarce::kd_loss_backward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastscarce::kd_loss_backward")
 def _kd_loss_backward_fake(gradient: Tensor, factor: Tensor, upstream: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-@torch.library.register_fake("fastscarce::kd_loss_backward_")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("fastscarce::kd_loss_backward_")
 def _kd_loss_backward_in_place_fake(gradient: Tensor, factor: Tensor, upstream: Tensor) -> None:
     return None
 
