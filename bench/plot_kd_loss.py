@@ -14,6 +14,10 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {"fastscarce": "#0072b2", "torch.compile": "#e69f00", "eager": "#999999"}
 
 
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
 def main() -> None:
     record = json.loads((RESULTS / "kd_loss.json").read_text())
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
@@ -24,7 +28,7 @@ def main() -> None:
             places = [i + (offset - 1) * 0.27 for i in range(len(rows))]
             ratios = [row["ratio"][name] for row in rows]
             bars = panel.bar(places, ratios, 0.25, color=colour, label=name)
-            labels = [f"{row['milliseconds'][name]:.3g}" for row in rows]
+            labels = [_short(row["milliseconds"][name]) for row in rows]
             panel.bar_label(bars, labels, fontsize=8, padding=1)
         panel.set_xticks(range(len(rows)), [f"{r['rows']} x {r['classes']}" for r in rows])
         panel.set_xlabel("rows x classes")

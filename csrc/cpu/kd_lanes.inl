@@ -119,8 +119,7 @@ struct Lanes {
       mass[i] = first_share[i] + second_share[i];
       dot[i] = 0;
       if (first_share[i] != 0) dot[i] = first_share[i] * (b.student[first[i] * L + i] - top[i]);
-      if (second_share[i] != 0)
-        dot[i] += second_share[i] * (b.student[second[i] * L + i] - top[i]);
+      if (second_share[i] != 0) dot[i] += second_share[i] * (b.student[second[i] * L + i] - top[i]);
       const bool counts = weight[i] != 0 && (kd || (ce && (setup.dense || mass[i] != 0)));
       outside |= uint32_t(label.outside) << i;
       left_out |= uint32_t(label.outside || !counts) << i;
