@@ -92,13 +92,13 @@ class StageConfig:
 
     steps: int = 300
     batch_size: int = 64
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     backbone_rate: float | None = None
     layer_decay: float = 1.0
     freeze: Literal["none", "backbone"] = "none"
     warmup_steps: int = 15
     optimizer: Literal["adamw", "sgd"] = "sgd"
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-3
     ema_decay: float = 0.99
     max_gradient_norm: float | None = None
     augmentation: Literal["weak", "standard", "strong"] = "strong"
@@ -117,7 +117,8 @@ class StudentConfig(StageConfig):
         temperature: What student and teacher logits are divided by.
     """
 
-    learning_rate: float = 0.1
+    learning_rate: float = 0.2
+    weight_decay: float = 2.5e-3
     unlabelled_batch_size: int = 192
     alpha: float = 0.5
     temperature: float = 1.0
@@ -196,7 +197,9 @@ class SelftrainConfig(DataConfig, RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher_model: ModelConfig | None = None
     supervised: StageConfig = field(
-        default_factory=lambda: StageConfig(augmentation="weak", cutmix_probability=0.0)
+        default_factory=lambda: StageConfig(
+            learning_rate=0.2, weight_decay=1e-2, augmentation="weak", cutmix_probability=0.0
+        )
     )
     teacher: StageConfig = field(default_factory=StageConfig)
     student: StudentConfig = field(default_factory=StudentConfig)

@@ -110,7 +110,7 @@ class Policy:
 
 POLICIES = {
     "eval": Policy(),
-    "weak": Policy(shift=0.125, flip=True),
+    "weak": Policy(flip=True, rotate=8.0, scale=0.05, translate=0.0625),
     "standard": Policy(flip=True, crop_scale=0.6, jitter=0.4),
     "strong": Policy(
         flip=True,
