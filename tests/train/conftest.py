@@ -1,0 +1,122 @@
+"""Tiny runs of the real commands, in this process where that proves the same."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastscarce.cli import main
+
+# Forty labelled images and as many lessons: an epoch is five steps of eight, or two and a half.
+COMMON = {"cpu": True, "threads": 1, "tensorboard": False, "log_every": 1, "test_fraction": 0.85}
+STAGE = {"steps": 12, "batch_size": 8, "warmup_steps": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "selftrain": {
+        "rounds": 1,
+        "baseline": False,
+        "labels.views": 2,
+        "labels.keep_per_class": 4,
+        **{f"teacher.{key}": value for key, value in STAGE.items()},
+        **{f"supervised.{key}": value for key, value in STAGE.items()},
+        **{f"student.{key}": value for key, value in STAGE.items()},
+        "student.unlabelled_batch_size": 16,
+    },
+    "finetune": {f"training.{key}": value for key, value in STAGE.items()},
+    "label": {"labels.views": 2},
+    "distill": {
+        **{f"student.{key}": value for key, value in STAGE.items()},
+        "student.unlabelled_batch_size": 16,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended, and where."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
+        return content
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = load_file(self.folder / "student.safetensors")
+        return tensors
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def losses(self) -> list[tuple[str, int, float]]:
+        return [(m["stage"], m["step"], m["loss"]) for m in self.metrics if "loss" in m]
+
+
+Command = Callable[..., Outcome]
+
+
+def words(command: str, out: Path, settings: dict[str, Any]) -> list[str]:
+    """The command line of a tiny run; ``settings`` come last and so win."""
+    chosen = {**COMMON, **SIZES[command], **settings}
+    flags = [f"--{key}={_spelled(value)}" for key, value in chosen.items()]
+    return [command, f"--out={out}", *flags]
+
+
+def _spelled(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def run_command(command: str, out: Path, **settings: Any) -> Outcome:
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    out_text, err_text = io.StringIO(), io.StringIO()
+    with redirect_stdout(out_text), redirect_stderr(err_text):
+        code = main(words(command, out, dotted))
+    return Outcome(code, out_text.getvalue(), err_text.getvalue(), out)
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Runs a command in this process: ``command(name, folder, student__steps=3)``."""
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def command_words() -> Callable[[str, Path, dict[str, Any]], list[str]]:
+    """The words of such a command, for a process of its own."""
+    return words
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A self-training run that nothing disturbed."""
+    outcome = run_command("selftrain", tmp_path_factory.mktemp("reference") / "run")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+@pytest.fixture(scope="session")
+def same_weights() -> Callable[[Outcome, Outcome], bool]:
+    def same(left: Outcome, right: Outcome) -> bool:
+        a, b = left.weights, right.weights
+        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    return same
