@@ -31,7 +31,7 @@ $(STAMP): $(BIN)/python $(BUILD_FILES)
 
 demo: $(STAMP)
 	$(BIN)/fastscarce doctor
-	$(BIN)/fastscarce selftrain --out $(OUT) --overwrite true
+	$(BIN)/fastscarce selftrain --out $(OUT) --overwrite --threads 1
 
 test: $(STAMP)
 	$(BIN)/pytest

@@ -20,7 +20,7 @@ State = Literal["ok", "note", "broken"]
 # Torch first and torchvision next, so that a failure is told of the package that causes it.
 IMPORTED = ("torch", "torchvision", "timm", "kornia")
 LISTED = ("accelerate", "numba", "numpy", "pyarrow", "safetensors")
-FASHION_MNIST = Path("/usr/share/dataset-fashion-mnist")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 REINSTALL = "python -m pip install --force-reinstall --no-deps"
 
 
