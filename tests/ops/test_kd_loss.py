@@ -257,6 +257,19 @@ def test_invariants(isa: str, classes: int) -> None:
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("classes", [2, 100])
+def test_exponential_is_accurate(isa: str, classes: int) -> None:
+    # Two classes count: the gradient of the second is its probability, e^x / (1 + e^x).
+    logits = torch.full((5000, classes), -math.inf)
+    logits[:, 0] = 0
+    logits[:, 1] = torch.linspace(-86, 0, 5000)
+    target = torch.zeros(5000, dtype=torch.int64)
+    _, gradient = gradient_of(kd_loss, logits, None, target, reduction="sum")
+    exact = 0.5 * torch.sigmoid(logits[:, 1].double())
+    error = ((gradient[:, 1].double() - exact) / exact).abs().max()
+    assert error < 3.5 * torch.finfo(torch.float32).eps
+
+
 def test_strided_rows(isa: str) -> None:
     student, teacher, _ = example(12, 90)
     assert teacher is not None
