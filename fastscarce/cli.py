@@ -79,17 +79,19 @@ def _parser() -> Any:
         prog="fastscarce",
         description="The best small model from few labelled and many unlabelled images.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(dest="command")
     for name, config in COMMANDS.items():
         summary = (config.__doc__ or "").splitlines()[0]
-        command = ArgumentParser(description=summary, exit_on_error=False)
+        command = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
         command.add_argument("--config", action="config", help="YAML file of settings.")
         command.add_class_arguments(config, nested_key=None)
         commands.add_subcommand(name, command, help=summary)
     doctor = ArgumentParser(
         description="Print what this machine has, and the cure for what is broken.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     commands.add_subcommand(_DOCTOR, doctor, help="Print what this machine has.")
     return parser
@@ -171,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(str(error), file=sys.stderr)
         return 128 + error.signal
+    except KeyboardInterrupt:  # before the run watches for signals, or after
+        print("Stopped by SIGINT; --resume goes on with what was saved.", file=sys.stderr)
+        return 130
     except FastscarceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

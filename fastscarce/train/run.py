@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -18,6 +19,7 @@ import torch
 from fastscarce.config import RunConfig, to_dict
 from fastscarce.errors import FastscarceError, Interrupted, ResultsError
 from fastscarce.files import write_whole
+from fastscarce.train.ranges import check_ranges
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -123,8 +125,12 @@ class Run:
         return self.on_main((self.folder / "result.json").is_file)
 
     def close(self) -> None:
-        """End trackers and the process group."""
+        """End trackers and the process group, so that the next run may choose its own precision."""
+        from accelerate.state import AcceleratorState, GradientState
+
         self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
     # ---- processes
 
@@ -197,12 +203,21 @@ def _differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
     return names
 
 
+def _is_used(folder: Path) -> bool:
+    """Whether a folder holds more than a run leaves that ended before its first step."""
+    return any(
+        path.is_file() and not (path.match("state/run.json") or path.match(".*.tmp"))
+        for path in folder.rglob("*")
+        if folder / "tensorboard" not in path.parents
+    )
+
+
 def _prepare_folder(run: Run) -> None:
     config, folder = run.config, run.folder
     record = run.state / "run.json"
     if folder.exists() and not folder.is_dir():
         raise ResultsError(f"--out {folder} is a file; name a folder.")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = _is_used(folder)
     if used and config.overwrite and not config.resume:
         if not any((folder / mark).is_file() for mark in _MARKS):
             raise ResultsError(
@@ -216,6 +231,8 @@ def _prepare_folder(run: Run) -> None:
             f"{folder} already holds results; name another --out, go on with an interrupted run by "
             "--resume, or replace it by --overwrite."
         )
+    for leftover in (*folder.glob(".*.tmp"), *run.state.glob(".*.tmp")):
+        leftover.unlink()  # what a kill left of a file that was being written
     if used and record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = _differing(before["settings"], _settings(config))
@@ -231,7 +248,7 @@ def _prepare_folder(run: Run) -> None:
         raise ResultsError(f"{folder} holds no run that could be resumed; name another --out.")
     if used:
         return
-    run.state.mkdir(parents=True)
+    run.state.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"command": run.command, "settings": _settings(config)}, indent=1)
     write_whole(record, lambda place: place.write_text(content, encoding="utf-8"))
 
@@ -244,6 +261,7 @@ def open_run(config: RunConfig, command: str) -> Run:
     """
     from accelerate import Accelerator
 
+    check_ranges(config)
     # Weights that decay towards zero become denormals, which a CPU is many times slower at.
     torch.set_flush_denormal(True)
     if config.threads is not None:
@@ -258,13 +276,19 @@ def open_run(config: RunConfig, command: str) -> Run:
     run = Run(accelerator, config, command)
     try:
         run.on_main(lambda: _prepare_folder(run))
-    except PermissionError as error:
+        if config.tensorboard:
+            accelerator.init_trackers("tensorboard")
+    except OSError as error:
+        run.close()
+        if error.errno == errno.ENOSPC:
+            raise
         raise ResultsError(
             f"{config.out} can't be written ({error.strerror}); name a folder you may write to "
             "with --out."
         ) from error
-    if config.tensorboard:
-        accelerator.init_trackers("tensorboard")
+    except FastscarceError:
+        run.close()
+        raise
     processes = "1 process" if run.world_size == 1 else f"{run.world_size} processes"
     run.say(f"{command}: {processes}, {run.device}, {torch.get_num_threads()} threads each")
     return run
