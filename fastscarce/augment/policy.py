@@ -61,9 +61,7 @@ _JITTER_BLOCKS = 1  # words 8 to 11
 _RANDAUGMENT_BLOCKS = 2  # words 12 to 19: operation, magnitude, sign for two operations
 _ERASE_BLOCKS = 2  # words 20 to 27
 _AFFINE_BLOCKS = 2  # words 28 to 35: rotation, scale, shear, (one unused), two translations
-_BLOCKS = (
-    _GEOMETRY_BLOCKS + _JITTER_BLOCKS + _RANDAUGMENT_BLOCKS + _ERASE_BLOCKS + _AFFINE_BLOCKS
-)
+_BLOCKS = _GEOMETRY_BLOCKS + _JITTER_BLOCKS + _RANDAUGMENT_BLOCKS + _ERASE_BLOCKS + _AFFINE_BLOCKS
 
 _CODE = {name: place for place, name in enumerate(OPERATIONS)}
 _ROTATION_DEGREES = 30.0
@@ -217,9 +215,7 @@ def _placement(
     return matrix
 
 
-def _affine(
-    uniform: Uniforms, policy: Policy, height: int, width: int
-) -> npt.NDArray[np.float64]:
+def _affine(uniform: Uniforms, policy: Policy, height: int, width: int) -> npt.NDArray[np.float64]:
     """Rotation, scale, shear and translation: output to source, ``(rows, 3, 3)``."""
     spread = 2.0 * uniform - 1.0
     angle = spread[:, 0] * np.pi * policy.rotate / 180.0

@@ -25,9 +25,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GRID, OTHERS = "#333333", "#dddddd", "#bbbbbb"
 MOST_NAMED = 40
 
+# Points that a loss curve is averaged over: steps with and without mixed images alternate.
+WINDOW = 5
+
 
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draw loss and score by step, a line a stage, into a PNG.
+    """Draw the loss by step and the score when it ended of each stage, into a PNG.
 
     Args:
         metrics: Lines of ``metrics.jsonl``: ``stage``, ``step``, and ``loss`` or ``score`` (in
@@ -41,33 +44,39 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         ResultsError: The file can't be written.
     """
     figure = Figure(figsize=(10.5, 4.0), layout="constrained", facecolor="white")
-    loss_axes, score_axes = figure.subplots(1, 2)
+    loss_axes, score_axes = figure.subplots(1, 2, width_ratios=(3, 2))
     stages = list(dict.fromkeys(str(line["stage"]) for line in metrics if "stage" in line))
     for number, stage in enumerate(stages):
         colour = COLOURS[number % len(COLOURS)]
         steps, losses = _series(metrics, stage, "loss")
         if len(steps):
-            loss_axes.plot(steps, losses, color=colour, linewidth=1.8, label=stage)
-        steps, scores = _series(metrics, stage, "score")
-        if len(steps):
+            loss_axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.3)
+            loss_axes.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=stage)
+        _, scores = _series(metrics, stage, "score")
+        if len(scores):
             score_axes.plot(
-                steps,
-                scores,
+                [number],
+                scores[-1:],
                 color=colour,
-                linewidth=1.8,
+                linestyle="none",
                 marker=MARKERS[number % len(MARKERS)],
-                markersize=5.5,
+                markersize=9,
                 label=stage,
             )
-    _dress(loss_axes, "Training loss", "step", "loss")
-    _dress(score_axes, "Hold-out or agreement score", "step", "score")
+    _dress(loss_axes, f"Training loss (running mean of {WINDOW})", "step", "loss")
+    _dress(score_axes, "Hold-out or agreement score", "stage", "score")
     score_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %"))
+    loss_axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    score_axes.set_xticks(range(len(stages)), stages, rotation=20)
+    score_axes.margins(x=0.12, y=0.15)
     for axes in (loss_axes, score_axes):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if not axes.lines:
             axes.text(0.5, 0.5, "nothing measured", ha="center", transform=axes.transAxes)
     handles = {
-        str(line.get_label()): line for axes in (loss_axes, score_axes) for line in axes.lines
+        str(line.get_label()): line
+        for axes in (score_axes, loss_axes)
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
     }
     if handles:
         figure.legend(
@@ -146,6 +155,13 @@ def kept_png(labels: NDArray[Any], chosen: NDArray[np.bool_], names: Sequence[st
         fontsize=9,
     )
     return _png(figure)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those around it, ``WINDOW`` in all where there are as many."""
+    reach = WINDOW // 2
+    parts = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _series(
