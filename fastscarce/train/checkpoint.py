@@ -121,6 +121,10 @@ def load_state(
         ResultsError: The file can't be read, or belongs to another architecture.
     """
     tensors, metadata = _read(path)
+    if metadata.keys() != {"facts", "scaler", "optimizer"}:
+        raise ResultsError(
+            f"{path} holds weights and no training state; delete it to train this stage anew."
+        )
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition("/")

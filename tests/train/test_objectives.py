@@ -1,0 +1,201 @@
+"""What a step minimises, against plain PyTorch on the very same batch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+from fastscarce.config import DataConfig, ModelConfig, RunConfig, StageConfig, StudentConfig
+from fastscarce.errors import ConfigError
+from fastscarce.ops import MixedTarget
+from fastscarce.pseudo import from_logits, select
+from fastscarce.train.objectives import SelfTraining, Supervised, mix_rows
+from fastscarce.train.run import Run, open_run
+from fastscarce.train.task import Task, prepare
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
+    out = tmp_path_factory.mktemp("objectives") / "run"
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = open_run(RunConfig(out=str(out), tensorboard=False, cpu=True, threads=1), "finetune")
+        yield prepare(run, DataConfig())
+    run.close()
+
+
+@pytest.fixture
+def model(task: Task) -> torch.nn.Module:
+    return task.network(ModelConfig(name="small_cnn_gn"), "teacher")
+
+
+@pytest.fixture(scope="module")
+def labels(task: Task) -> Any:
+    ids = task.pool.ids[task.split.unlabelled]
+    logits = 3 * torch.randn(2, len(ids), 10, generator=torch.Generator().manual_seed(1))
+    return select(from_logits(ids, logits), keep_per_class=20)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_supervised_loss_is_cross_entropy(
+    task: Task, model: torch.nn.Module, probability: float, smoothing: float
+) -> None:
+    settings = StageConfig(batch_size=16, cutmix_probability=probability, label_smoothing=smoothing)
+    objective = Supervised(task.run, task.pool, task.split.labelled, settings)
+    images, target = objective.batch(model, 7, 0, 1)
+    assert images.shape == (16, 1, 8, 8)
+    assert isinstance(target, MixedTarget)
+    assert bool((target.lam == 1).all()) == (probability == 0.0)
+    loss = objective(model, 7, 0, 1)
+    expected = cross_entropy(model(images), target.dense(10), label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
+    assert all(bool((g != 0).any()) for g in gradients if g is not None)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_student_loss_is_two_means(
+    task: Task, labels: Any, model: torch.nn.Module, temperature: float, alpha: float,
+    probability: float,
+) -> None:  # fmt: skip
+    settings = StudentConfig(
+        batch_size=8, unlabelled_batch_size=24, temperature=temperature, alpha=alpha,
+        cutmix_probability=probability,
+    )  # fmt: skip
+    objective = SelfTraining(task.run, task.pool, task.split.labelled, labels, settings)
+    assert objective.rows == 32
+
+    seen: list[torch.Tensor] = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    loss = objective(model, 5, 0, 1)
+    hook.remove()
+    (images,) = seen  # one forward pass of all rows
+    assert images.shape == (32, 1, 8, 8)
+
+    own, target = objective._labelled.batch(model, 5, 0, 1)
+    assert torch.equal(images[:8], own)
+    batch = objective._stream.batch(5)
+    place = {int(number): row for row, number in enumerate(labels.ids)}
+    rows = [place[int(number)] for number in task.pool.ids[batch.positions]]
+    probabilities = torch.from_numpy(np.exp(labels.log_probs[rows].astype(np.float64)))
+    if probability:
+        from fastscarce.augment import cutmix
+
+        plain = task.pool.views(batch.positions, settings.augmentation, batch.view, model)
+        ids = task.pool.ids[batch.positions]
+        mixed, partner, lam = cutmix(
+            plain, ids, view=batch.view, seed=objective._seed, alpha=settings.cutmix_alpha
+        )
+        assert torch.equal(images[8:], mixed)
+        share = lam.double()[:, None]
+        probabilities = share * probabilities + (1 - share) * probabilities[partner]
+    logits = model(images).double()
+    softened = (probabilities.log() / temperature).softmax(1)
+    distilled = temperature**2 * kl_div(
+        (logits[8:] / temperature).log_softmax(1), softened, reduction="batchmean"
+    )
+    expected = (1 - alpha) * cross_entropy(logits[:8], target.dense(10).double())
+    expected = expected + alpha * distilled
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    assert float(loss.detach()) > 0.0
+    loss.backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert bool(torch.isfinite(parameter.grad).all())
+        assert bool((parameter.grad != 0).any())
+    assert not objective._log_probs.requires_grad
+
+
+def test_pieces_of_a_batch_make_up_the_batch(task: Task, labels: Any) -> None:
+    model = task.network(ModelConfig(name="small_cnn_gn"), "teacher")
+    settings = StudentConfig(batch_size=8, unlabelled_batch_size=16, cutmix_probability=1.0)
+    objective = SelfTraining(task.run, task.pool, task.split.labelled, labels, settings)
+    whole = objective(model, 3, 0, 1)
+    pieces = [objective(model, 3, piece, 4) for piece in range(4)]
+    torch.testing.assert_close(torch.stack(pieces).mean(), whole)
+
+
+def test_mixed_rows_are_the_dense_mixture() -> None:
+    draw = torch.Generator().manual_seed(0)
+    own, other = (torch.randn(9, 5, generator=draw).mul(4).log_softmax(1) for _ in range(2))
+    own[0, 0] = other[1, 1] = -torch.inf  # a class that a teacher rules out
+    lam = torch.tensor([0.0, 1.0, 0.5, 0.1, 0.9, 1e-6, 1 - 1e-6, 0.25, 1.0])
+    mixed = mix_rows(own, other, lam)
+    share = lam.double()[:, None]
+    dense = share * own.double().exp() + (1 - share) * other.double().exp()
+    torch.testing.assert_close(mixed.double().exp(), dense, rtol=1e-5, atol=1e-7)
+    assert torch.equal(mixed[1], own[1])
+    assert torch.equal(mixed[8], own[8])
+    assert not bool(torch.isnan(mixed).any())
+
+
+def test_about_the_asked_part_of_the_steps_is_mixed(task: Task, model: torch.nn.Module) -> None:
+    settings = StageConfig(batch_size=4, cutmix_probability=0.3)
+    objective = Supervised(task.run, task.pool, task.split.labelled, settings)
+    from fastscarce.train.objectives import _is_mixed
+
+    mixed = [_is_mixed(settings, objective._seed, step) for step in range(2000)]
+    assert 0.25 < np.mean(mixed) < 0.35
+    for step in (mixed.index(True), mixed.index(False)):
+        _, target = objective.batch(model, step, 0, 1)
+        assert bool((target.lam < 1).any()) == mixed[step]
+
+
+def test_each_labelled_image_once_an_epoch_in_any_number_of_processes(task: Task) -> None:
+    class Part(Run):
+        """One of two processes, as the stream sees it."""
+
+        place = 0
+        rank = property(lambda self: self.place)  # type: ignore[assignment]
+        world_size = property(lambda self: 2)  # type: ignore[assignment]
+
+    def positions(run: Run, steps: range) -> list[int]:
+        objective = Supervised(run, task.pool, task.split.labelled, StageConfig(batch_size=8))
+        return [int(row) for step in steps for row in objective._stream.batch(step).positions]
+
+    alone = positions(task.run, range(5))
+    assert sorted(alone) == sorted(task.split.labelled.tolist())  # 5 steps of 8: one epoch
+    parts = []
+    for place in range(2):
+        part = Part(task.run.accelerator, task.run.config, "finetune")
+        part.place = place
+        parts.append(positions(part, range(5)))
+    assert len(parts[0]) == len(parts[1]) == 20
+    assert sorted(parts[0] + parts[1]) == sorted(alone)
+
+
+def test_batches_that_can_not_be_shared_out(task: Task, labels: Any) -> None:
+    class Pieces(Run):
+        config = RunConfig(gradient_accumulation_steps=3)
+
+        def __init__(self) -> None:
+            self.accelerator = task.run.accelerator
+
+    run = Pieces()
+    with pytest.raises(ConfigError, match=r"batch_size must be a multiple .* \(1 x 3\), got 8"):
+        Supervised(run, task.pool, task.split.labelled, StageConfig(batch_size=8))
+    settings = StudentConfig(batch_size=9, unlabelled_batch_size=16)
+    with pytest.raises(ConfigError, match="unlabelled_batch_size must be a multiple"):
+        SelfTraining(run, task.pool, task.split.labelled, labels, settings)
+
+
+def test_no_lessons_are_refused(task: Task, labels: Any) -> None:
+    nothing = labels.take(np.zeros(0, dtype=np.int64))
+    with pytest.raises(ConfigError, match=r"lower labels\.threshold"):
+        SelfTraining(task.run, task.pool, task.split.labelled, nothing, StudentConfig())
+
+
+def test_the_run_folder_holds_no_results_yet(task: Task) -> None:
+    assert [path.name for path in Path(task.run.folder).iterdir()] == ["state"]
