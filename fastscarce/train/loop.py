@@ -149,6 +149,11 @@ def fit(
 
     result: nn.Module = average.module
     _average_buffers(run, result)
+    if not all(bool(torch.isfinite(value).all()) for value in result.state_dict().values()):
+        raise TrainingError(
+            f"The weights of {stage} are not finite at its end; lower its learning_rate (now "
+            f"{settings.learning_rate:g}) or set max_gradient_norm, and start anew."
+        )
     result.eval()
     if score is not None:
         run.log(stage, settings.steps, score=score(result))
