@@ -99,7 +99,7 @@ def test_a_ruined_student_is_reported_and_not_adopted(
 ) -> None:
     outcome = command(
         "selftrain", tmp_path / "run", labels_per_class=labels_per_class, rounds=2,
-        test_fraction=0.7, teacher__steps=40, student__steps=6, student__learning_rate=500.0,
+        test_fraction=0.7, teacher__steps=40, student__steps=6, student__learning_rate=20.0,
         teacher__cutmix_probability=0.0, teacher__augmentation="weak",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err

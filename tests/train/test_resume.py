@@ -101,7 +101,7 @@ while len(codes) < 100:
     child = os.fork()
     if child == 0:
         os._exit(fastscarce.cli.main(words))
-    wait = draw.uniform(0.05, 1.5) if len(codes) < 8 else 600
+    wait = draw.uniform(0.05, 1.5) if len(codes) < 7 else 600
     end, status = time.monotonic() + wait, None
     while status is None:
         done, code = os.waitpid(child, os.WNOHANG)
