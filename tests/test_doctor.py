@@ -20,6 +20,12 @@ WHOLE = "import sys; from fastscarce.doctor import main; sys.exit(main())"
 KERNELS = "from fastscarce import doctor; doctor.render(doctor._kernels())"
 THREADS = "from fastscarce import doctor; doctor.render(doctor._threads())"
 
+# An editable install answers for the package before any folder of the path does.
+FROM_PATH_ALONE = (
+    "import sys; sys.meta_path[:] = "
+    "[finder for finder in sys.meta_path if 'editable' not in type(finder).__module__];"
+)
+
 
 def run(
     program: str, *before: Path, source: Path = SOURCE, **environment: str
@@ -90,7 +96,7 @@ def test_a_library_that_is_not_built(tmp_path: Path) -> None:
     for file in (SOURCE / "fastscarce").iterdir():
         if file.suffix != ".so":
             (package / file.name).symlink_to(file)
-    ran = run(KERNELS, source=tmp_path)
+    ran = run(FROM_PATH_ALONE + KERNELS, source=tmp_path)
     assert ran.stdout.split()[:3] == ["CPU", "library", "broken"], ran.stderr
     assert "not built" in ran.stdout
     assert "pip install" in ran.stdout

@@ -88,8 +88,8 @@ def test_dropout_draws_the_same_after_a_stop(
     assert same_weights(whole, resumed)
 
 
-# Imports once, then runs the command in children: the first is asked to stop, the others are
-# killed, until one has come to the end.
+# Imports once, then runs the command in children: the first is asked to stop, seven more are
+# killed, by turns after some steps and after some time, and the last comes to the end.
 DISTURBER = """
 import json, os, pathlib, random, signal, sys, time
 import fastscarce.cli, fastscarce.train, kornia, accelerate, timm, matplotlib.pyplot
@@ -97,24 +97,28 @@ import sklearn.datasets, pyarrow.parquet, jsonargparse
 
 words, metrics = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 draw, codes = random.Random(5), []
+
+def written():
+    return metrics.stat().st_size if metrics.exists() else 0
+
 while len(codes) < 100:
     child = os.fork()
     if child == 0:
         os._exit(fastscarce.cli.main(words))
-    wait = draw.uniform(0.05, 1.5) if len(codes) < 7 else 600
-    end, status = time.monotonic() + wait, None
+    turn, steps, size, status = len(codes), 0, written(), None
+    wanted = 1 if turn == 0 else draw.randint(1, 4) if turn in (1, 3, 5, 7) else 10**9
+    end = time.monotonic() + (draw.uniform(0.05, 0.6) if turn in (2, 4, 6) else 600)
     while status is None:
         done, code = os.waitpid(child, os.WNOHANG)
         if done:
             status = code
-        elif not codes and metrics.exists() and metrics.stat().st_size:
-            os.kill(child, signal.SIGTERM)
-            status = os.waitpid(child, 0)[1]
-        elif codes and time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
+        elif steps >= wanted or time.monotonic() > end:
+            time.sleep(draw.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL if turn else signal.SIGTERM)
             status = os.waitpid(child, 0)[1]
         else:
             time.sleep(0.001)
+            steps, size = steps + (written() != size), written()
     codes.append(os.waitstatus_to_exitcode(status))
     if codes[-1] not in (143, -9):
         break
