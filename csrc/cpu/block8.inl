@@ -23,41 +23,41 @@ inline __m256i first8(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// lanes[c * stride + i] = rows[i][c] for 8 rows. Columns past the last full block of 8 are reached
-// by a block that ends at the last column (and repeats some), so that no load leaves a row.
-inline void rows_to_lanes8(const float* const rows[8], int64_t columns, float* lanes,
+// lanes[c * stride + i] = rows[i * step + c] for 8 rows. Columns past the last full block of 8 are
+// reached by a block that ends at the last column (and repeats some), so that no load leaves a row.
+inline void rows_to_lanes8(const float* rows, int64_t step, int64_t columns, float* lanes,
                            int64_t stride) {
   __m256 r[8];
   if (columns < 8) {
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_maskload_ps(rows[i], first8(columns));
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_maskload_ps(rows + i * step, first8(columns));
     transpose8(r);
     for (int64_t c = 0; c < columns; ++c) _mm256_storeu_ps(lanes + c * stride, r[c]);
     return;
   }
   for (int64_t at = 0; at < columns; at += 8) {
     const int64_t from = at + 8 <= columns ? at : columns - 8;
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(rows[i] + from);
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(rows + i * step + from);
     transpose8(r);
     for (int c = 0; c < 8; ++c) _mm256_storeu_ps(lanes + (from + c) * stride, r[c]);
   }
 }
 
-// The way back, for the first `count` of 8 rows.
-inline void lanes_to_rows8(const float* lanes, int64_t stride, int64_t columns,
-                           float* const rows[8], int64_t count) {
+// The way back.
+inline void lanes_to_rows8(const float* lanes, int64_t stride, int64_t columns, float* rows,
+                           int64_t step) {
   __m256 r[8];
   if (columns < 8) {
     for (int64_t c = 0; c < 8; ++c)
       r[c] = c < columns ? _mm256_loadu_ps(lanes + c * stride) : _mm256_setzero_ps();
     transpose8(r);
-    for (int64_t i = 0; i < count; ++i) _mm256_maskstore_ps(rows[i], first8(columns), r[i]);
+    for (int i = 0; i < 8; ++i) _mm256_maskstore_ps(rows + i * step, first8(columns), r[i]);
     return;
   }
   for (int64_t at = 0; at < columns; at += 8) {
     const int64_t from = at + 8 <= columns ? at : columns - 8;
     for (int c = 0; c < 8; ++c) r[c] = _mm256_loadu_ps(lanes + (from + c) * stride);
     transpose8(r);
-    for (int64_t i = 0; i < count; ++i) _mm256_storeu_ps(rows[i] + from, r[i]);
+    for (int i = 0; i < 8; ++i) _mm256_storeu_ps(rows + i * step + from, r[i]);
   }
 }
 

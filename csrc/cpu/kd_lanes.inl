@@ -6,20 +6,21 @@
 // and kd_loss.inl, with block8.inl in sight.
 
 template <class V>
-inline void rows_to_lanes(const float* const* rows, int64_t columns, float* lanes) {
+inline void rows_to_lanes(const float* rows, int64_t step, int64_t columns, float* lanes) {
   for (int64_t at = 0; at < V::lanes; at += 8)
-    rows_to_lanes8(rows + at, columns, lanes + at, V::lanes);
+    rows_to_lanes8(rows + at * step, step, columns, lanes + at, V::lanes);
 }
 template <class V>
-inline void lanes_to_rows(const float* lanes, int64_t columns, float* const* rows, int64_t count) {
-  for (int64_t at = 0; at < V::lanes && at < count; at += 8)
-    lanes_to_rows8(lanes + at, V::lanes, columns, rows + at, std::min<int64_t>(8, count - at));
+inline void lanes_to_rows(const float* lanes, int64_t columns, float* rows, int64_t step) {
+  for (int64_t at = 0; at < V::lanes; at += 8)
+    lanes_to_rows8(lanes + at, V::lanes, columns, rows + at * step, step);
 }
 
 template <class V, class Exponential>
 struct Lanes {
   static constexpr int64_t L = V::lanes;
-  using Block = float[kLaneClasses * L];
+  // Padded: blocks a multiple of 4 KiB apart make loads wait for stores that they have no part in.
+  using Block = float[kLaneClasses * L + 80];
   using Body = Kd<V, Exponential>;
 
   struct Blocks {
@@ -27,24 +28,80 @@ struct Lanes {
     alignas(64) float rows[L][kLaneClasses];
   };
 
+  // What belongs to a row alone, of kRows rows: made before they are worked on.
+  static constexpr int64_t kRows = 64;
+  struct Labels {
+    alignas(64) float first[kRows], second[kRows];  // classes; -1: none
+    alignas(64) float first_share[kRows], second_share[kRows], weight[kRows];
+    uint64_t left_out, outside;  // a bit a row
+
+    Labels() {
+      std::fill_n(second, kRows, -1.0f);
+      std::fill_n(second_share, kRows, 0.0f);
+    }
+    void read(const KdCall& call, int64_t row, int64_t count) {
+      left_out = outside = 0;
+      const bool kd = call.kd_loss != 0, ce = call.ce_loss != 0;
+      if (call.target && !call.partner && !call.share && !call.weight) {
+        uint64_t labelled = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t index = call.target[row + i];
+          const bool ignored = index == call.ignore_index;
+          const bool inside = uint64_t(index) < uint64_t(call.classes) && !ignored;
+          first[i] = inside ? float(int32_t(index)) : -1.0f;
+          first_share[i] = inside ? 1.0f : 0.0f;
+          labelled |= uint64_t(inside) << i;
+          outside |= uint64_t(!inside && !ignored) << i;
+        }
+        const uint64_t counted = kd ? ~uint64_t(0) : ce ? labelled : 0;
+        left_out = outside | ~counted;
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          const Label label = label_of(call, row + i);
+          first[i] = float(label.first);
+          second[i] = float(label.second);
+          first_share[i] = float(label.first_share);
+          second_share[i] = float(label.second_share);
+          weight[i] = call.weight ? call.weight[row + i] : 1.0f;
+          const bool named = call.soft.data || first_share[i] + second_share[i] != 0;
+          const bool counts = weight[i] != 0 && (kd || (ce && named));
+          outside |= uint64_t(label.outside) << i;
+          left_out |= uint64_t(label.outside || !counts) << i;
+        }
+      }
+      // Lanes past the last row: nothing of theirs is stored.
+      for (int64_t i = count; i % L; ++i) {
+        first[i] = second[i] = -1.0f;
+        first_share[i] = second_share[i] = weight[i] = 0.0f;
+      }
+    }
+  };
+
   static void load(const Matrix& matrix, int64_t row, int64_t count, int64_t classes,
                    Blocks& blocks, float* block) {
-    const float* rows[L];
+    if (matrix.dtype == Dtype::float32 && count == L) {
+      const float* from = static_cast<const float*>(matrix.data) + row * matrix.row_stride;
+      return rows_to_lanes<V>(from, matrix.row_stride, classes, block);
+    }
     // Lanes past the last row repeat it; nothing of theirs is stored.
-    for (int64_t i = 0; i < L; ++i)
-      rows[i] = read_row<float>(matrix, row + std::min(i, count - 1), 0, classes, blocks.rows[i]);
-    rows_to_lanes<V>(rows, classes, block);
+    for (int64_t i = 0; i < L; ++i) {
+      const int64_t at = (row + std::min(i, count - 1)) * matrix.row_stride;
+      read_as(static_cast<const char*>(matrix.data) + at * size_of(matrix.dtype), matrix.dtype,
+              blocks.rows[i], classes);
+    }
+    rows_to_lanes<V>(blocks.rows[0], kLaneClasses, classes, block);
   }
 
   template <int Power, bool Teacher, bool Keep, class Setup>
-  static void block(const Setup& setup, int64_t row, int64_t count, Blocks& b) {
+  static void block(const Setup& setup, int64_t row, int64_t count, const Labels& labels,
+                    int64_t at, Blocks& b) {
     const KdCall& call = setup.call;
     const int64_t classes = call.classes;
     load(call.student, row, count, classes, b, b.student);
     if constexpr (Teacher) load(call.teacher, row, count, classes, b, b.teacher);
     if (setup.dense) load(call.soft, row, count, classes, b, b.soft);
 
-    const V zero(0.0f), lowest(-INFINITY);
+    const V zero(0.0f), one(1.0f), lowest(-INFINITY);
     V student_top = lowest, teacher_top = lowest;
     for (int64_t c = 0; c < classes; ++c) {
       student_top = maximum(student_top, V::load(b.student + c * L));
@@ -57,10 +114,19 @@ struct Lanes {
     s.teacher_max = select(maximum(teacher_top, V(-FLT_MAX)) - teacher_top, zero, teacher_top);
     s.count = V(float(classes));
     const Exponential student_exp = setup.student_exp, label_exp = setup.label_exp;
-    for (int64_t c = 0; c < classes; ++c) {
+    // The label's own logit is picked by comparing, a vector an index: numbers that are stored one
+    // by one and then loaded as a vector would wait until every store before them has retired.
+    const V first = V::load(labels.first + at), second = V::load(labels.second + at);
+    const V first_share = V::load(labels.first_share + at);
+    const V second_share = V::load(labels.second_share + at);
+    const bool two = call.partner != nullptr;
+    V first_dot = zero, second_dot = zero, index = zero;
+    for (int64_t c = 0; c < classes; ++c, index = index + one) {
       const V x = V::load(b.student + c * L) - s.student_max;
       const V e = student_exp(x);
       s.student_sum = s.student_sum + e;
+      if constexpr (Power != kNoLabel) first_dot = first_dot + where_equal(first, index, x);
+      if (two) second_dot = second_dot + where_equal(second, index, x);
       if constexpr (Keep) e.store(b.student_exp + c * L);
       if constexpr (Power > 1) s.label_sum = s.label_sum + power<Power>(e);
       if constexpr (Power == kOwnExponential) {
@@ -68,14 +134,17 @@ struct Lanes {
         s.label_sum = s.label_sum + own;
         if constexpr (Keep) own.store(b.label_exp + c * L);
       }
-      if constexpr (Teacher) {
+    }
+    // A loop of its own: with both, sums no longer fit in the registers.
+    if constexpr (Teacher)
+      for (int64_t c = 0; c < classes; ++c) {
         const V y = V::load(b.teacher + c * L) - s.teacher_max;
         const V p = student_exp(y);
         s.teacher_sum = s.teacher_sum + p;
-        s.gap = multiply_add(p, zero_unless(p, y - x), s.gap);
+        const V gap = y - (V::load(b.student + c * L) - s.student_max);
+        s.gap = multiply_add(p, zero_unless(p, gap), s.gap);
         if constexpr (Keep) p.store(b.teacher_exp + c * L);
       }
-    }
     if constexpr (Power == 1) s.label_sum = s.student_sum;
     if (setup.smoothing)
       for (int64_t c = 0; c < classes; ++c)
@@ -88,47 +157,15 @@ struct Lanes {
             multiply_add(y, zero_unless(y, V::load(b.student + c * L) - s.student_max), s.soft_dot);
       }
 
-    // What belongs to a row alone, number by number.
-    alignas(64) float weight[L], first_share[L], second_share[L], mass[L], dot[L], top[L];
-    alignas(64) float loss[L], hard[L];
-    int64_t first[L], second[L];
-    uint32_t left_out = 0, outside = 0;
-    s.student_max.store(top);
-    const bool kd = call.kd_loss != 0, ce = call.ce_loss != 0;
-    const bool plain = call.target && !call.partner && !call.weight;
-    for (int64_t i = 0; i < L; ++i) {
-      const int64_t at = row + std::min(i, count - 1);
-      if (plain) {
-        const int64_t index = call.target[at];
-        const bool inside = uint64_t(index) < uint64_t(classes) && index != call.ignore_index;
-        first[i] = inside ? index : -1;
-        first_share[i] = mass[i] = inside ? 1.0f : 0.0f;
-        second[i] = -1;
-        dot[i] = inside ? b.student[index * L + i] - top[i] : 0.0f;
-        const bool bad = !inside && index != call.ignore_index;
-        outside |= uint32_t(bad) << i;
-        left_out |= uint32_t(bad || !(kd || (ce && inside))) << i;
-        continue;
-      }
-      const Label label = label_of(call, at);
-      first[i] = label.first;
-      second[i] = label.second;
-      first_share[i] = float(label.first_share);
-      second_share[i] = float(label.second_share);
-      weight[i] = call.weight ? call.weight[at] : 1.0f;
-      mass[i] = first_share[i] + second_share[i];
-      dot[i] = 0;
-      if (first_share[i] != 0) dot[i] = first_share[i] * (b.student[first[i] * L + i] - top[i]);
-      if (second_share[i] != 0) dot[i] += second_share[i] * (b.student[second[i] * L + i] - top[i]);
-      const bool counts = weight[i] != 0 && (kd || (ce && (setup.dense || mass[i] != 0)));
-      outside |= uint32_t(label.outside) << i;
-      left_out |= uint32_t(label.outside || !counts) << i;
-    }
-    KdWeights<V> w = {
-        V(float(call.kd_loss)),     V(float(call.ce_loss)), V(float(call.kd_gradient)),
-        V(float(call.ce_gradient)), V::load(mass),          V::load(dot)};
+    KdWeights<V> w = {V(float(call.kd_loss)),
+                      V(float(call.ce_loss)),
+                      V(float(call.kd_gradient)),
+                      V(float(call.ce_gradient)),
+                      first_share + second_share,
+                      first_share * zero_unless(first_share, first_dot) +
+                          second_share * zero_unless(second_share, second_dot)};
     if (call.weight) {
-      const V by = V::load(weight);
+      const V by = V::load(labels.weight + at);
       w.kd_loss = w.kd_loss * by;
       w.ce_loss = w.ce_loss * by;
       w.kd_gradient = w.kd_gradient * by;
@@ -137,11 +174,16 @@ struct Lanes {
     const KdCoefficients<V> k =
         kd_finish(s, w, V(setup.inverse_temperature), V(float(call.label_smoothing)),
                   V(setup.inverse_classes), setup.dense);
-    k.loss.store(loss);
-    for (int64_t i = 0; i < count; ++i) static_cast<float*>(call.losses)[row + i] = loss[i];
+    float* const losses = static_cast<float*>(call.losses) + row;
+    if (count == L)
+      k.loss.store(losses);
+    else
+      k.loss.store_part(losses, count);
 
     if constexpr (Keep) {
-      for (int64_t c = 0; c < classes; ++c) {
+      const V first_hard = k.hard * first_share, second_hard = k.hard * second_share;
+      V index = zero;
+      for (int64_t c = 0; c < classes; ++c, index = index + one) {
         const V e = V::load(b.student_exp + c * L);
         V own = e;
         if constexpr (Power > 1) own = power<Power>(e);
@@ -149,30 +191,29 @@ struct Lanes {
         V g = Power == kNoLabel ? k.student * e : multiply_add(k.label, own, k.student * e);
         g = g - (Teacher ? multiply_add(k.teacher, V::load(b.teacher_exp + c * L), k.constant)
                          : k.constant);
+        if constexpr (Power != kNoLabel) g = g - where_equal(first, index, first_hard);
+        if (two) g = g - where_equal(second, index, second_hard);
         if (setup.dense) g = subtract_multiply(g, k.hard, V::load(b.soft + c * L));
         g.store(b.student + c * L);
       }
-      k.hard.store(hard);
-      for (int64_t i = 0; i < count; ++i) {
-        if (first[i] >= 0) b.student[first[i] * L + i] -= hard[i] * first_share[i];
-        if (second[i] >= 0) b.student[second[i] * L + i] -= hard[i] * second_share[i];
-      }
       store(call, row, count, b);
     }
+    const uint64_t left_out = labels.left_out >> at;
     for (int64_t i = 0; left_out && i < count; ++i)
-      if (left_out >> i & 1) Body::leave_out(call, row + i, outside >> i & 1);
+      if (left_out >> i & 1) Body::leave_out(call, row + i, labels.outside >> (at + i) & 1);
   }
 
   static void store(const KdCall& call, int64_t row, int64_t count, Blocks& b) {
-    float* rows[L];
-    const bool direct = call.student.dtype == Dtype::float32;
-    for (int64_t i = 0; i < L; ++i)
-      rows[i] = direct ? static_cast<float*>(call.gradient) + (row + i) * call.classes : b.rows[i];
-    lanes_to_rows<V>(b.student, call.classes, rows, count);
-    if (direct) return;
+    const int64_t classes = call.classes;
+    if (call.student.dtype == Dtype::float32 && count == L) {
+      float* to = static_cast<float*>(call.gradient) + row * classes;
+      return lanes_to_rows<V>(b.student, classes, to, classes);
+    }
+    lanes_to_rows<V>(b.student, classes, b.rows[0], kLaneClasses);
+    char* to = static_cast<char*>(call.gradient) + row * classes * size_of(call.student.dtype);
     for (int64_t i = 0; i < count; ++i)
-      write_as(b.rows[i], static_cast<uint16_t*>(call.gradient) + (row + i) * call.classes,
-               call.student.dtype, call.classes);
+      write_as(b.rows[i], to + i * classes * size_of(call.student.dtype), call.student.dtype,
+               classes);
   }
 
   static void rows(const KdCall& call, int64_t begin, int64_t end) {
@@ -182,13 +223,19 @@ struct Lanes {
         Body::leave_out(call, row, label_of(call, row).outside);
       return;
     }
-    using Function = void (*)(const typename Body::Setup&, int64_t, int64_t, Blocks&);
+    using Function =
+        void (*)(const typename Body::Setup&, int64_t, int64_t, const Labels&, int64_t, Blocks&);
     const auto function = Body::choose(setup, [&]<int Power, bool Teacher>() -> Function {
       if (setup.keep) return &block<Power, Teacher, true, typename Body::Setup>;
       return &block<Power, Teacher, false, typename Body::Setup>;
     });
     Blocks blocks;
-    for (int64_t row = begin; row < end; row += L)
-      function(setup, row, std::min(L, end - row), blocks);
+    Labels labels;
+    for (int64_t from = begin; from < end; from += kRows) {
+      const int64_t to = std::min(from + kRows, end);
+      labels.read(call, from, to - from);
+      for (int64_t row = from; row < to; row += L)
+        function(setup, row, std::min(L, to - row), labels, row - from, blocks);
+    }
   }
 };

@@ -41,6 +41,10 @@ inline Vec select(Vec condition, Vec a, Vec b) {
 inline Vec zero_unless(Vec condition, Vec a) {
   return _mm256_and_ps(_mm256_cmp_ps(condition.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), a.v);
 }
+// `a` where x and y are equal, else 0.
+inline Vec where_equal(Vec x, Vec y, Vec a) {
+  return _mm256_and_ps(_mm256_cmp_ps(x.v, y.v, _CMP_EQ_OQ), a.v);
+}
 // The low nine bits of each number's pattern, moved up to sign and exponent.
 inline Vec low_bits_to_exponent(Vec x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23));

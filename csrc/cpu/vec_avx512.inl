@@ -39,6 +39,10 @@ inline Vec zero_unless(Vec condition, Vec a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
                              a.v);
 }
+// `a` where x and y are equal, else 0.
+inline Vec where_equal(Vec x, Vec y, Vec a) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ), a.v);
+}
 // The low nine bits of each number's pattern, moved up to sign and exponent.
 inline Vec low_bits_to_exponent(Vec x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23));

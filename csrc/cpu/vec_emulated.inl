@@ -51,6 +51,9 @@ inline Vec select(Vec condition, Vec a, Vec b) {
 inline Vec zero_unless(Vec condition, Vec a) {
   return {zero_unless(condition.low, a.low), zero_unless(condition.high, a.high)};
 }
+inline Vec where_equal(Vec x, Vec y, Vec a) {
+  return {where_equal(x.low, y.low, a.low), where_equal(x.high, y.high, a.high)};
+}
 inline Vec low_bits_to_exponent(Vec x) {
   return {low_bits_to_exponent(x.low), low_bits_to_exponent(x.high)};
 }
