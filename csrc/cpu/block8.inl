@@ -1,63 +1,68 @@
 // Moving 8 x 8 blocks of floats between rows and lanes, and 16-bit numbers to floats and back.
 // Included inside a namespace compiled for avx2 and f16c (AVX-512 uses it as well, twice a block).
 
-inline void transpose8(__m256 r[8]) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-    r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-  }
+// Both 128-bit halves as 4 x 4 blocks of their own.
+inline void transpose4(__m256 r[4]) {
+  const __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+  const __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+  r[0] = _mm256_shuffle_ps(a, c, 0x44);
+  r[1] = _mm256_shuffle_ps(a, c, 0xee);
+  r[2] = _mm256_shuffle_ps(b, d, 0x44);
+  r[3] = _mm256_shuffle_ps(b, d, 0xee);
 }
 
-inline __m256i first8(int64_t n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+inline __m128i first4(int64_t n) {
+  return _mm_cmpgt_epi32(_mm_set1_epi32(int(n)), _mm_setr_epi32(0, 1, 2, 3));
 }
 
-// lanes[c * stride + i] = rows[i * step + c] for 8 rows. Columns past the last full block of 8 are
-// reached by a block that ends at the last column (and repeats some), so that no load leaves a row.
+// lanes[c * stride + i] = rows[i * step + c] for 8 rows, four columns at a time: a register holds
+// those of rows i and i + 4. Columns past the last full four are reached by a block that ends at
+// the last column (and repeats some), so that no load leaves a row.
 inline void rows_to_lanes8(const float* rows, int64_t step, int64_t columns, float* lanes,
                            int64_t stride) {
-  __m256 r[8];
-  if (columns < 8) {
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_maskload_ps(rows + i * step, first8(columns));
-    transpose8(r);
+  __m256 r[4];
+  if (columns < 4) {
+    const __m128i mask = first4(columns);
+    for (int i = 0; i < 4; ++i)
+      r[i] = _mm256_set_m128(_mm_maskload_ps(rows + (i + 4) * step, mask),
+                             _mm_maskload_ps(rows + i * step, mask));
+    transpose4(r);
     for (int64_t c = 0; c < columns; ++c) _mm256_storeu_ps(lanes + c * stride, r[c]);
     return;
   }
-  for (int64_t at = 0; at < columns; at += 8) {
-    const int64_t from = at + 8 <= columns ? at : columns - 8;
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(rows + i * step + from);
-    transpose8(r);
-    for (int c = 0; c < 8; ++c) _mm256_storeu_ps(lanes + (from + c) * stride, r[c]);
+  for (int64_t at = 0; at < columns; at += 4) {
+    const int64_t from = at + 4 <= columns ? at : columns - 4;
+    for (int i = 0; i < 4; ++i)
+      r[i] = _mm256_set_m128(_mm_loadu_ps(rows + (i + 4) * step + from),
+                             _mm_loadu_ps(rows + i * step + from));
+    transpose4(r);
+    for (int c = 0; c < 4; ++c) _mm256_storeu_ps(lanes + (from + c) * stride, r[c]);
   }
 }
 
 // The way back.
 inline void lanes_to_rows8(const float* lanes, int64_t stride, int64_t columns, float* rows,
                            int64_t step) {
-  __m256 r[8];
-  if (columns < 8) {
-    for (int64_t c = 0; c < 8; ++c)
+  __m256 r[4];
+  if (columns < 4) {
+    const __m128i mask = first4(columns);
+    for (int64_t c = 0; c < 4; ++c)
       r[c] = c < columns ? _mm256_loadu_ps(lanes + c * stride) : _mm256_setzero_ps();
-    transpose8(r);
-    for (int i = 0; i < 8; ++i) _mm256_maskstore_ps(rows + i * step, first8(columns), r[i]);
+    transpose4(r);
+    for (int i = 0; i < 4; ++i) {
+      _mm_maskstore_ps(rows + i * step, mask, _mm256_castps256_ps128(r[i]));
+      _mm_maskstore_ps(rows + (i + 4) * step, mask, _mm256_extractf128_ps(r[i], 1));
+    }
     return;
   }
-  for (int64_t at = 0; at < columns; at += 8) {
-    const int64_t from = at + 8 <= columns ? at : columns - 8;
-    for (int c = 0; c < 8; ++c) r[c] = _mm256_loadu_ps(lanes + (from + c) * stride);
-    transpose8(r);
-    for (int i = 0; i < 8; ++i) _mm256_storeu_ps(rows + i * step + from, r[i]);
+  for (int64_t at = 0; at < columns; at += 4) {
+    const int64_t from = at + 4 <= columns ? at : columns - 4;
+    for (int c = 0; c < 4; ++c) r[c] = _mm256_loadu_ps(lanes + (from + c) * stride);
+    transpose4(r);
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_ps(rows + i * step + from, _mm256_castps256_ps128(r[i]));
+      _mm_storeu_ps(rows + (i + 4) * step + from, _mm256_extractf128_ps(r[i], 1));
+    }
   }
 }
 
