@@ -17,17 +17,22 @@ inline __m128i first4(int64_t n) {
 
 // lanes[c * stride + i] = rows[i * step + c] for 8 rows, four columns at a time: a register holds
 // those of rows i and i + 4. Columns past the last full four are reached by a block that ends at
-// the last column (and repeats some), so that no load leaves a row.
+// the last column (and repeats some), so that no load leaves a row. top[i] becomes the row's
+// maximum.
 inline void rows_to_lanes8(const float* rows, int64_t step, int64_t columns, float* lanes,
-                           int64_t stride) {
-  __m256 r[4];
+                           int64_t stride, float* top) {
+  __m256 r[4], largest = _mm256_set1_ps(-INFINITY);
   if (columns < 4) {
     const __m128i mask = first4(columns);
     for (int i = 0; i < 4; ++i)
       r[i] = _mm256_set_m128(_mm_maskload_ps(rows + (i + 4) * step, mask),
                              _mm_maskload_ps(rows + i * step, mask));
     transpose4(r);
-    for (int64_t c = 0; c < columns; ++c) _mm256_storeu_ps(lanes + c * stride, r[c]);
+    for (int64_t c = 0; c < columns; ++c) {
+      _mm256_storeu_ps(lanes + c * stride, r[c]);
+      largest = _mm256_max_ps(largest, r[c]);
+    }
+    _mm256_storeu_ps(top, largest);
     return;
   }
   for (int64_t at = 0; at < columns; at += 4) {
@@ -37,7 +42,10 @@ inline void rows_to_lanes8(const float* rows, int64_t step, int64_t columns, flo
                              _mm_loadu_ps(rows + i * step + from));
     transpose4(r);
     for (int c = 0; c < 4; ++c) _mm256_storeu_ps(lanes + (from + c) * stride, r[c]);
+    largest =
+        _mm256_max_ps(largest, _mm256_max_ps(_mm256_max_ps(r[0], r[1]), _mm256_max_ps(r[2], r[3])));
   }
+  _mm256_storeu_ps(top, largest);
 }
 
 // The way back.

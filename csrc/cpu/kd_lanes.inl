@@ -5,10 +5,12 @@
 // end, which is where a row of 10 logits spends its time otherwise. Included between kd_label.inl
 // and kd_loss.inl, with block8.inl in sight.
 
+// The maxima of the rows go to `top`.
 template <class V>
-inline void rows_to_lanes(const float* rows, int64_t step, int64_t columns, float* lanes) {
+inline void rows_to_lanes(const float* rows, int64_t step, int64_t columns, float* lanes,
+                          float* top) {
   for (int64_t at = 0; at < V::lanes; at += 8)
-    rows_to_lanes8(rows + at * step, step, columns, lanes + at, V::lanes);
+    rows_to_lanes8(rows + at * step, step, columns, lanes + at, V::lanes, top + at);
 }
 template <class V>
 inline void lanes_to_rows(const float* lanes, int64_t columns, float* rows, int64_t step) {
@@ -43,18 +45,22 @@ struct Lanes {
       left_out = outside = 0;
       const bool kd = call.kd_loss != 0, ce = call.ce_loss != 0;
       if (call.target && !call.partner && !call.share && !call.weight) {
-        uint64_t labelled = 0;
+        const uint64_t classes = uint64_t(call.classes);
+        int64_t labelled = 0;
         for (int64_t i = 0; i < count; ++i) {
           const int64_t index = call.target[row + i];
-          const bool ignored = index == call.ignore_index;
-          const bool inside = uint64_t(index) < uint64_t(call.classes) && !ignored;
-          first[i] = inside ? float(int32_t(index)) : -1.0f;
-          first_share[i] = inside ? 1.0f : 0.0f;
-          labelled |= uint64_t(inside) << i;
-          outside |= uint64_t(!inside && !ignored) << i;
+          const bool inside = uint64_t(index) < classes && index != call.ignore_index;
+          first[i] = float(inside ? int32_t(index) : -1);
+          first_share[i] = float(inside);
+          labelled += inside;
         }
-        const uint64_t counted = kd ? ~uint64_t(0) : ce ? labelled : 0;
-        left_out = outside | ~counted;
+        if (labelled == count) return pad(count);
+        for (int64_t i = 0; i < count; ++i) {
+          const bool inside = first_share[i] != 0;
+          const bool bad = !inside && call.target[row + i] != call.ignore_index;
+          outside |= uint64_t(bad) << i;
+          left_out |= uint64_t(bad || !(kd || inside)) << i;
+        }
       } else {
         for (int64_t i = 0; i < count; ++i) {
           const Label label = label_of(call, row + i);
@@ -69,7 +75,11 @@ struct Lanes {
           left_out |= uint64_t(label.outside || !counts) << i;
         }
       }
-      // Lanes past the last row: nothing of theirs is stored.
+      pad(count);
+    }
+
+    // Lanes past the last row: nothing of theirs is stored.
+    void pad(int64_t count) {
       for (int64_t i = count; i % L; ++i) {
         first[i] = second[i] = -1.0f;
         first_share[i] = second_share[i] = weight[i] = 0.0f;
@@ -77,11 +87,20 @@ struct Lanes {
     }
   };
 
+  // Asks for what comes kAhead bytes later: the processor's own prefetching stops at every page.
+  static constexpr int64_t kAhead = 2048;
+  template <bool Write>
+  static void prefetch(const float* from, int64_t numbers) {
+    const char* const at = reinterpret_cast<const char*>(from) + kAhead;
+    for (int64_t i = 0; i < numbers * 4; i += 64) __builtin_prefetch(at + i, Write);
+  }
+
   static void load(const Matrix& matrix, int64_t row, int64_t count, int64_t classes,
-                   Blocks& blocks, float* block) {
+                   Blocks& blocks, float* block, float* top) {
     if (matrix.dtype == Dtype::float32 && count == L) {
       const float* from = static_cast<const float*>(matrix.data) + row * matrix.row_stride;
-      return rows_to_lanes<V>(from, matrix.row_stride, classes, block);
+      if (matrix.row_stride == classes) prefetch<false>(from, L * classes);
+      return rows_to_lanes<V>(from, matrix.row_stride, classes, block, top);
     }
     // Lanes past the last row repeat it; nothing of theirs is stored.
     for (int64_t i = 0; i < L; ++i) {
@@ -89,7 +108,7 @@ struct Lanes {
       read_as(static_cast<const char*>(matrix.data) + at * size_of(matrix.dtype), matrix.dtype,
               blocks.rows[i], classes);
     }
-    rows_to_lanes<V>(blocks.rows[0], kLaneClasses, classes, block);
+    rows_to_lanes<V>(blocks.rows[0], kLaneClasses, classes, block, top);
   }
 
   template <int Power, bool Teacher, bool Keep, class Setup>
@@ -97,16 +116,14 @@ struct Lanes {
                     int64_t at, Blocks& b) {
     const KdCall& call = setup.call;
     const int64_t classes = call.classes;
-    load(call.student, row, count, classes, b, b.student);
-    if constexpr (Teacher) load(call.teacher, row, count, classes, b, b.teacher);
-    if (setup.dense) load(call.soft, row, count, classes, b, b.soft);
+    alignas(64) float student_tops[L], teacher_tops[L], soft_tops[L];
+    load(call.student, row, count, classes, b, b.student, student_tops);
+    if constexpr (Teacher) load(call.teacher, row, count, classes, b, b.teacher, teacher_tops);
+    if (setup.dense) load(call.soft, row, count, classes, b, b.soft, soft_tops);
 
     const V zero(0.0f), one(1.0f), lowest(-INFINITY);
-    V student_top = lowest, teacher_top = lowest;
-    for (int64_t c = 0; c < classes; ++c) {
-      student_top = maximum(student_top, V::load(b.student + c * L));
-      if constexpr (Teacher) teacher_top = maximum(teacher_top, V::load(b.teacher + c * L));
-    }
+    const V student_top = V::load(student_tops);
+    const V teacher_top = Teacher ? V::load(teacher_tops) : lowest;
     KdStatistics<V> s = kd_empty(zero);
     // -inf - (-inf) is NaN, any other difference from itself 0 or (for +inf) NaN as well, and a row
     // with +inf is NaN in the end; so only -inf has to become 0.
@@ -207,6 +224,7 @@ struct Lanes {
     const int64_t classes = call.classes;
     if (call.student.dtype == Dtype::float32 && count == L) {
       float* to = static_cast<float*>(call.gradient) + row * classes;
+      prefetch<true>(to, L * classes);
       return lanes_to_rows<V>(b.student, classes, to, classes);
     }
     lanes_to_rows<V>(b.student, classes, b.rows[0], kLaneClasses);

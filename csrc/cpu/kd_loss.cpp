@@ -82,28 +82,32 @@ void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t 
 #endif
 }
 
-// In eight interleaved double sums, the same for any number of threads.
-template <class A>
-double sum_in_order(const A* values, int64_t n) {
-  double part[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int k = 0; k < 8; ++k) part[k] += double(values[i + k]);
-  for (; i < n; ++i) part[i % 8] += double(values[i]);
-  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+// `of(begin, end)` of fixed pieces of the rows, added in order: the same for any number of threads.
+template <class Sum, class Of>
+Sum sum_of_pieces(int64_t rows, Of of) {
+  constexpr int64_t piece = 8192;
+  const int64_t pieces = (rows + piece - 1) / piece;
+  std::vector<Sum> parts(static_cast<size_t>(pieces));
+  torch::stable::parallel_for(0, pieces, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      parts[size_t(i)] = of(i * piece, std::min(rows, (i + 1) * piece));
+  });
+  Sum sum{};
+  for (const Sum& part : parts) sum = sum + part;
+  return sum;
 }
 
-KdTotals totals_of(const KdCall& call, const KdKernels& run) {
-  // Fixed pieces, summed in order: the same result for any number of threads.
-  constexpr int64_t piece = 32768;
-  const int64_t pieces = (call.rows + piece - 1) / piece;
-  KdTotals sum;
-  for (int64_t i = 0; i < pieces; ++i) {
-    const KdTotals part = run.totals(call, i * piece, std::min(call.rows, (i + 1) * piece));
-    sum.weight += part.weight;
-    sum.label += part.label;
-  }
-  return sum;
+template <class A>
+double sum_of_losses(const A* losses, int64_t rows) {
+  return sum_of_pieces<double>(rows, [&](int64_t begin, int64_t end) {
+    double part[8] = {};  // eight sums, so that an addition does not wait for the one before
+    int64_t i = begin;
+    for (; i + 8 <= end; i += 8)
+      for (int k = 0; k < 8; ++k) part[k] += double(losses[i + k]);
+    for (; i < end; ++i) part[i % 8] += double(losses[i]);
+    return ((part[0] + part[1]) + (part[2] + part[3])) +
+           ((part[4] + part[5]) + (part[6] + part[7]));
+  });
 }
 
 void run_rows(const KdCall& call, const KdKernels& run) {
@@ -156,7 +160,11 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
   const bool float64 = call.student.dtype == Dtype::float64;
   const bool float16 = call.student.dtype != Dtype::float32 && !float64;
   const KdKernels run = kernels(call.student.dtype);
-  const KdTotals totals = reduction == kReductionMean ? totals_of(call, run) : KdTotals{};
+  const KdTotals totals =
+      reduction == kReductionMean
+          ? sum_of_pieces<KdTotals>(
+                call.rows, [&](int64_t begin, int64_t end) { return run.totals(call, begin, end); })
+          : KdTotals{};
   const KdFactors factors = kd_factors(teacher.has_value(), target.has_value(), temperature, alpha,
                                        reduction, float16, totals.weight, totals.label);
   call.kd_loss = factors.kd_loss;
@@ -180,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
   write_scalar(factor, float64, factors.factor);
   if (reduction == kReductionNone) return {losses, gradient, factor};
   Tensor loss = empty_of(student, -1, -1, loss_type);
-  const double sum = float64 ? sum_in_order(static_cast<const double*>(call.losses), call.rows)
-                             : sum_in_order(static_cast<const float*>(call.losses), call.rows);
+  const double sum = float64 ? sum_of_losses(static_cast<const double*>(call.losses), call.rows)
+                             : sum_of_losses(static_cast<const float*>(call.losses), call.rows);
   write_scalar(loss, float64, sum);
   return {loss, gradient, factor};
 }

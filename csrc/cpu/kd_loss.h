@@ -37,6 +37,10 @@ struct KdCall {
 struct KdTotals {
   double weight = 0;  // of all rows
   double label = 0;   // of labelled rows, times the valid share of each
+
+  KdTotals operator+(const KdTotals& other) const {
+    return {weight + other.weight, label + other.label};
+  }
 };
 
 struct KdKernels {

@@ -18,7 +18,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#define FS_HD  // kd_row.h: no device here
+// kd_row.h: no device here, and a call in a loop over classes would empty its registers.
+#define FS_HD __attribute__((always_inline))
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq"))), \
                              apply_to = function)

@@ -13,7 +13,8 @@
 
 #include "kd_loss.h"
 
-#define FS_HD  // kd_row.h: no device here
+// kd_row.h: no device here, and a call in a loop over classes would empty its registers.
+#define FS_HD __attribute__((always_inline))
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

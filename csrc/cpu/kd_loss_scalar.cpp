@@ -10,7 +10,8 @@
 
 #include "kd_loss.h"
 
-#define FS_HD  // kd_row.h: no device here
+// kd_row.h: no device here, and a call in a loop over classes would empty its registers.
+#define FS_HD __attribute__((always_inline))
 
 namespace fastscarce::cpu::scalar {
 
