@@ -11,7 +11,7 @@
 //
 // Included inside the namespace of its user (each CPU instruction set, CUDA), so that every copy is
 // compiled for that target alone: no include and no namespace here. The user includes <math.h>
-// first and defines FS_HD ("__host__ __device__" under nvcc, always inlined elsewhere) and, for vectors, logarithm,
+// first and defines FS_HD ("__host__ __device__" under nvcc) and, for vectors, logarithm,
 // exponential, maximum and select.
 
 FS_HD inline float logarithm(float x) { return logf(x); }
