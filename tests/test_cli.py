@@ -200,7 +200,7 @@ def test_a_corrupt_image(picture_folder: Path, tmp_path: Path) -> None:
 
 
 def test_more_labels_than_there_are(tmp_path: Path) -> None:
-    refused(train("digits", tmp_path / "x", "--labels_per_class", 5000), "ask for fewer a class")
+    refused(train("digits", tmp_path / "x", "--labels_per_class", 5000), "lower --labels-per-class")
 
 
 @pytest.mark.parametrize(

@@ -88,5 +88,5 @@ def _too_few(name: str, left: int, test: int, labels: int | None, holdout: int) 
     taken = f" after {test} for the test" if test else ""
     return (
         f"Class {name} needs {asked} and {holdout} for the hold-out, but has {left} labelled"
-        f" images{taken}; ask for fewer a class or add labelled images."
+        f" images{taken}; lower --labels-per-class, or add labelled images."
     )

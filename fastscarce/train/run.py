@@ -267,7 +267,8 @@ def open_run(config: RunConfig, command: str) -> Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = Accelerator(
-        cpu=config.cpu or None,
+        # Processes on a machine without a GPU find each other only when Accelerate is told so.
+        cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with="tensorboard" if config.tensorboard else None,
@@ -290,7 +291,9 @@ def open_run(config: RunConfig, command: str) -> Run:
         run.close()
         raise
     processes = "1 process" if run.world_size == 1 else f"{run.world_size} processes"
-    run.say(f"{command}: {processes}, {run.device}, {torch.get_num_threads()} threads each")
+    count = torch.get_num_threads()
+    threads = "1 thread each" if count == 1 else f"{count} threads each"
+    run.say(f"{command}: {processes}, {run.device}, {threads}")
     return run
 
 

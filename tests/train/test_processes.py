@@ -32,22 +32,33 @@ def alone(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return outcome
 
 
-def test_two_processes_learn_what_one_does(command_words: Any, alone: Any, tmp_path: Path) -> None:
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+        "--main_process_port={port}",
+    ],
+}  # fmt: skip
+
+
+# As a user types it on a machine without GPUs: without --cpu.
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_learn_what_one_does(
+    command_words: Any, alone: Any, tmp_path: Path, launcher: str
+) -> None:
     folder = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    launch = [word.format(port=port) for word in LAUNCHERS[launcher]]
+    words = [word for word in command_words("selftrain", folder, NORMALISED) if word != "--cpu"]
     done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            f"--master_port={port}", "-m", "fastscarce",
-            *command_words("selftrain", folder, NORMALISED),
-        ],
+        [sys.executable, "-m", *launch, "-m", "fastscarce", *words],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("selftrain: 2 processes, cpu") == 1  # said once for both
     two = type(alone)(0, done.stdout, done.stderr, folder)
