@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 # What a compiled or declared part depends on; Python sources are read in place.
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) \
                $(wildcard csrc/* csrc/*/*)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu \
+               csrc/*/*.cuh)
 
 .PHONY: help install demo test lint format clean
 

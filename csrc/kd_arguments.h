@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "math/divergence_names.h"
 #include "math/kd_factors.h"
 
 namespace fastscarce {
@@ -47,7 +48,7 @@ inline void check_kd_arguments(const Tensor& student, const std::optional<Tensor
                                const std::optional<Tensor>& target,
                                const std::optional<Tensor>& partner,
                                const std::optional<Tensor>& share,
-                               const std::optional<Tensor>& weight) {
+                               const std::optional<Tensor>& weight, int64_t divergence) {
   check(student.dim() == 2 && student.size(1) > 0, "kd_loss", "(rows, classes) student logits");
   const int64_t rows = student.size(0), classes = student.size(1);
   const auto same_device = [&](const Tensor& t) { return t.is_cuda() == student.is_cuda(); };
@@ -69,6 +70,7 @@ inline void check_kd_arguments(const Tensor& student, const std::optional<Tensor
         "partner and share together, with index targets");
   check(!partner || is_column(*partner, ScalarType::Long), "kd_loss", "int64 partners (rows,)");
   check(!share || is_column(*share, ScalarType::Float), "kd_loss", "float32 shares (rows,)");
+  check(divergence >= kKl && divergence <= kLogitStandard, "kd_loss", "a divergence it knows");
   check(!weight || is_column(*weight, ScalarType::Float), "kd_loss", "float32 weights (rows,)");
 }
 

@@ -7,8 +7,9 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
   m.def("set_isa(str name) -> str");
   m.def(
       "kd_loss(Tensor student, Tensor? teacher, Tensor? target, Tensor? partner, Tensor? share, "
-      "Tensor? weight, float temperature, float alpha, float label_smoothing, int ignore_index, "
-      "int reduction, bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+      "Tensor? weight, int divergence, float first, float second, float temperature, float alpha, "
+      "float label_smoothing, float threshold, int ignore_index, int reduction, "
+      "bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
   m.def("kd_loss_backward(Tensor gradient, Tensor factor, Tensor upstream) -> Tensor");
   m.def("kd_loss_backward_(Tensor(a!) gradient, Tensor factor, Tensor upstream) -> ()");
 }

@@ -101,9 +101,13 @@ def _kd_loss_fake(
     partner: Tensor | None,
     share: Tensor | None,
     weight: Tensor | None,
+    divergence: int,
+    first: float,
+    second: float,
     temperature: float,
     alpha: float,
     label_smoothing: float,
+    threshold: float,
     ignore_index: int,
     reduction: int,
     with_gradient: bool,
@@ -134,14 +138,17 @@ def _kd_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _kd_loss_gradient(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     if upstream is None:
-        return (None,) * 12
+        return (None,) * 16
     gradient, factor = ctx.saved_tensors
     student = _ops.kd_loss_backward.default(gradient, factor, upstream.contiguous())
-    return (student, *(None,) * 11)
+    return (student, *(None,) * 15)
 
 
 def _no_second_gradient(ctx: Any, *unused: Any) -> tuple[Any, ...]:
-    raise RuntimeError("kd_loss has a first derivative only; call backward without create_graph.")
+    raise RuntimeError(
+        "kd_loss made its gradient in the forward pass, which can't be differentiated again; pass "
+        "gradient='recompute' (outside torch.compile)."
+    )
 
 
 torch.library.register_autograd(

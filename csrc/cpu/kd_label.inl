@@ -66,3 +66,5 @@ template <class V, class Exponential>
 struct Kd;  // kd_loss.inl: one row at a time
 template <class V, class Exponential>
 struct Lanes;  // kd_lanes.inl: one row a lane
+template <class V, class Exponential>
+struct Divergences;  // divergence.inl: other divergences than KL(p || q)

@@ -190,7 +190,7 @@ struct Lanes {
     }
     const KdCoefficients<V> k =
         kd_finish(s, w, V(setup.inverse_temperature), V(float(call.label_smoothing)),
-                  V(setup.inverse_classes), setup.dense);
+                  V(setup.inverse_classes), V(float(call.threshold)), setup.dense);
     float* const losses = static_cast<float*>(call.losses) + row;
     if (count == L)
       k.loss.store(losses);

@@ -112,6 +112,13 @@ double sum_of_losses(const A* losses, int64_t rows) {
 
 void run_rows(const KdCall& call, const KdKernels& run) {
   const int64_t threads = torch::stable::get_num_threads();
+  if (call.divergence != kKl && call.kd_loss != 0) {
+    const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / (4 * call.classes));
+    torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
+      run.divergences(call, begin, end);
+    });
+    return;
+  }
   if (call.rows < threads && call.classes >= kWideRow) {
     const int64_t parts = threads;
     std::vector<double> workspace(size_t(run.workspace_bytes(call, parts) / 8 + 1));
@@ -138,15 +145,20 @@ void run_rows(const KdCall& call, const KdKernels& run) {
 std::tuple<Tensor, Tensor, Tensor> kd_loss(
     Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
     std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
-    double temperature, double alpha, double label_smoothing, int64_t ignore_index,
-    int64_t reduction, bool with_gradient) {
-  check_kd_arguments(student, teacher, target, partner, share, weight);
+    int64_t divergence, double first, double second, double temperature, double alpha,
+    double label_smoothing, double threshold, int64_t ignore_index, int64_t reduction,
+    bool with_gradient) {
+  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
   KdCall call;
   call.rows = student.size(0);
   call.classes = student.size(1);
   call.student = matrix_of(student);
   call.temperature = temperature;
   call.label_smoothing = label_smoothing;
+  call.threshold = threshold;
+  call.divergence = divergence;
+  call.first = first;
+  call.second = second;
   call.ignore_index = ignore_index;
   if (teacher) call.teacher = matrix_of(*teacher);
   if (target && target->scalar_type() == ScalarType::Long)

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../math/divergence_names.h"
+
 namespace fastscarce::cpu {
 
 enum class Dtype : int32_t { none, float32, float64, bfloat16, float16 };
@@ -26,6 +28,9 @@ struct KdCall {
   const float* weight = nullptr;
   int64_t ignore_index = -100;
   double temperature = 1, label_smoothing = 0;
+  double threshold = 0;  // rows whose teacher is less confident have no distillation term
+  int64_t divergence = kKl;
+  double first = 0, second = 0;  // beta of JSD, lambda of skew KL; alpha and beta of DKD
   // Factors of each row's terms, before the row's weight; 0 leaves a term out.
   double kd_loss = 0, ce_loss = 0, kd_gradient = 0, ce_gradient = 0;
   void* gradient = nullptr;  // none wanted: null
@@ -55,6 +60,8 @@ struct KdKernels {
   // out = gradient * factor, elementwise (row_factor: one per row), of the gradient's dtype.
   void (*scale)(Dtype dtype, const void* gradient, void* out, int64_t classes, double factor,
                 const void* row_factor, int64_t begin, int64_t end);
+  // As `rows`, for every divergence but KL(p || q).
+  void (*divergences)(const KdCall&, int64_t begin, int64_t end);
 };
 
 // Kernels of an instruction set for a student dtype.

@@ -256,7 +256,7 @@ struct Kd {
     };
     w.label_dot = dot(label.first, label.first_share) + dot(label.second, label.second_share);
     return kd_finish(whole, w, setup.inverse_temperature, A(call.label_smoothing),
-                     setup.inverse_classes, setup.dense);
+                     setup.inverse_classes, A(call.threshold), setup.dense);
   }
 
   // Coefficients for exponentials that are relative to a chunk's maxima instead of the row's.
@@ -429,6 +429,12 @@ struct Kd {
   }
 
   static KdKernels kernels() {
-    return {&totals, &rows, &workspace_bytes, &part_statistics, &part_gradients, &scale};
+    return {&totals,
+            &rows,
+            &workspace_bytes,
+            &part_statistics,
+            &part_gradients,
+            &scale,
+            &Divergences<V, Exponential>::rows};
   }
 };

@@ -25,6 +25,7 @@ namespace fastscarce::cpu::avx2 {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
+#include "../math/divergence.h"
 #include "vec_avx2.inl"
 #include "vec_math.inl"
 #include "block8.inl"
@@ -32,6 +33,7 @@ namespace fastscarce::cpu::avx2 {
 #include "kd_label.inl"
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
+#include "divergence.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }

@@ -32,6 +32,7 @@ namespace fastscarce::cpu::avx512 {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
+#include "../math/divergence.h"
 #include "vec_avx512.inl"
 #include "vec_math.inl"
 #include "block8.inl"
@@ -39,6 +40,7 @@ namespace fastscarce::cpu::avx512 {
 #include "kd_label.inl"
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
+#include "divergence.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }

@@ -26,6 +26,7 @@ namespace fastscarce::cpu::emulated {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
+#include "../math/divergence.h"
 namespace half {
 #include "vec_avx2.inl"
 }  // namespace half
@@ -36,6 +37,7 @@ namespace half {
 #include "kd_label.inl"
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
+#include "divergence.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }

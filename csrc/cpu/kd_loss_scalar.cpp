@@ -17,10 +17,12 @@ namespace fastscarce::cpu::scalar {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
+#include "../math/divergence.h"
 #include "vec_scalar.inl"
 #include "convert.inl"
 #include "kd_label.inl"
 #include "kd_loss.inl"
+#include "divergence.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool float64) {

@@ -46,6 +46,18 @@ Lane<A> zero_unless(Lane<A> condition, Lane<A> a) {
   return Lane<A>(condition.v != 0 ? a.v : A(0));
 }
 template <class A>
+Lane<A> operator/(Lane<A> a, Lane<A> b) {
+  return Lane<A>(a.v / b.v);
+}
+template <class A>
+Lane<A> select(Lane<A> condition, Lane<A> a, Lane<A> b) {
+  return condition.v != 0 ? a : b;
+}
+template <class A>
+Lane<A> logarithm(Lane<A> a) {
+  return Lane<A>(logarithm(a.v));
+}
+template <class A>
 A sum_of(Lane<A> a) {
   return a.v;
 }

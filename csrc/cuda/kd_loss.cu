@@ -26,7 +26,10 @@
 
 namespace fastscarce::cuda {
 
+// clang-format off: each needs those before it
 #include "../math/kd_row.h"
+#include "../math/divergence.h"
+// clang-format on
 
 namespace {
 
@@ -46,7 +49,9 @@ struct Call {
   const float* share;
   const float* weight;
   int64_t ignore_index, reduction;
-  double temperature, alpha, label_smoothing;
+  double temperature, alpha, label_smoothing, threshold;
+  int64_t divergence;
+  double first, second;
   void* gradient;
   void* losses;
   KdFactors* factors;
@@ -267,7 +272,7 @@ __global__ void __launch_bounds__(kThreads) kd_loss_kernel(const Call call) {
     if (label.second >= 0 && label.second_share != 0)
       w.label_dot += A(label.second_share) * (A(number(student[label.second])) - all.student_max);
     const KdCoefficients<A> c = kd_finish(all, w, inverse_temperature, A(call.label_smoothing),
-                                          A(1.0 / double(classes)), dense);
+                                          A(1.0 / double(classes)), A(call.threshold), dense);
     if (lane == 0) *loss = c.loss;
     if (!gradient) continue;
     for (int64_t i = lane; i < classes; i += Width) {
@@ -287,6 +292,8 @@ __global__ void __launch_bounds__(kThreads) kd_loss_kernel(const Call call) {
     }
   }
 }
+
+#include "divergence.cuh"
 
 // ---- the backward pass: out = gradient * factor * upstream; returns at once where that is 1 and
 // in place. The comparison is the device's.
@@ -345,12 +352,36 @@ void launch(const Call& call, cudaStream_t stream) {
 }
 
 template <class S, class A>
+void launch_divergence(const Call& call, cudaStream_t stream) {
+  const unsigned blocks = unsigned(std::min<int64_t>(call.rows, 1 << 20));
+  switch (call.divergence) {
+    case kReverseKl:
+      divergence_kernel<S, A, kReverseKl><<<blocks, kThreads, 0, stream>>>(call);
+      break;
+    case kJsd:
+      divergence_kernel<S, A, kJsd><<<blocks, kThreads, 0, stream>>>(call);
+      break;
+    case kSkewKl:
+      divergence_kernel<S, A, kSkewKl><<<blocks, kThreads, 0, stream>>>(call);
+      break;
+    case kDkd:
+      divergence_kernel<S, A, kDkd><<<blocks, kThreads, 0, stream>>>(call);
+      break;
+    default:
+      divergence_kernel<S, A, kLogitStandard><<<blocks, kThreads, 0, stream>>>(call);
+  }
+  check_launch();
+}
+
+template <class S, class A>
 void run(const Call& call, bool sum, void* factor, void* loss, cudaStream_t stream) {
   kd_factors_kernel<A>
       <<<1, kSumThreads, 0, stream>>>(call, sizeof(S) == 2, static_cast<A*>(factor));
   check_launch();
   if (call.rows > 0) {
-    if (call.classes <= 1024)
+    if (call.divergence != kKl && call.teacher.data)
+      launch_divergence<S, A>(call, stream);
+    else if (call.classes <= 1024)
       launch<S, A, 32>(call, stream);
     else
       launch<S, A, kThreads>(call, stream);
@@ -364,9 +395,10 @@ void run(const Call& call, bool sum, void* factor, void* loss, cudaStream_t stre
 std::tuple<Tensor, Tensor, Tensor> kd_loss(
     Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
     std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
-    double temperature, double alpha, double label_smoothing, int64_t ignore_index,
-    int64_t reduction, bool with_gradient) {
-  check_kd_arguments(student, teacher, target, partner, share, weight);
+    int64_t divergence, double first, double second, double temperature, double alpha,
+    double label_smoothing, double threshold, int64_t ignore_index, int64_t reduction,
+    bool with_gradient) {
+  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
   const torch::stable::accelerator::DeviceGuard guard(student.get_device());
   Call call{};
   call.rows = student.size(0);
@@ -375,6 +407,10 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
   call.temperature = temperature;
   call.alpha = alpha;
   call.label_smoothing = label_smoothing;
+  call.threshold = threshold;
+  call.divergence = divergence;
+  call.first = first;
+  call.second = second;
   call.ignore_index = ignore_index;
   call.reduction = reduction;
   if (teacher) call.teacher = matrix_of(*teacher);

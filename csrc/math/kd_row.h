@@ -106,7 +106,7 @@ struct KdCoefficients {
 template <class V>
 FS_HD inline KdCoefficients<V> kd_finish(const KdStatistics<V>& row, const KdWeights<V>& w,
                                          V inverse_temperature, V label_smoothing,
-                                         V inverse_classes, bool dense) {
+                                         V inverse_classes, V threshold, bool dense) {
   const V zero = V(0), one = V(1);
   const V infinity = V(INFINITY);
   const V kept = one - label_smoothing;
@@ -115,10 +115,13 @@ FS_HD inline KdCoefficients<V> kd_finish(const KdStatistics<V>& row, const KdWei
   const V teacher_inverse = one / row.teacher_sum, student_inverse = one / row.student_sum;
   const V divergence = row.gap * teacher_inverse * inverse_temperature +
                        logarithm(row.student_sum * teacher_inverse);
-  const V kd = select(row.teacher_sum, select(row.student_sum, divergence, infinity), zero);
-  const V kd_gradient = select(row.teacher_sum, w.kd_gradient, zero);
+  // The teacher's largest probability is 1 / teacher_sum; below the threshold it teaches nothing.
+  const V unsure = maximum(threshold * row.teacher_sum - one, zero);
+  const V taught = select(unsure, zero, row.teacher_sum);
+  const V kd = select(taught, select(row.student_sum, divergence, infinity), zero);
+  const V kd_gradient = select(taught, w.kd_gradient, zero);
   out.student = select(row.student_sum, kd_gradient * student_inverse, zero);
-  out.teacher = select(row.teacher_sum, w.kd_gradient * teacher_inverse, zero);
+  out.teacher = select(taught, w.kd_gradient * teacher_inverse, zero);
   // Label term. |Y| = share of valid labels, or the row sum of a dense label.
   const V mass = dense ? kept * row.soft_mass + label_smoothing : w.label_mass;
   const V dot = kept * (dense ? row.soft_dot : w.label_dot);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastscarce.ops.kd import kd_loss
+from fastscarce.ops.modules import KDLoss
 from fastscarce.ops.targets import MixedTarget
 
-__all__ = ["MixedTarget", "kd_loss"]
+__all__ = ["KDLoss", "MixedTarget", "kd_loss"]

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastscarce import _ops  # noqa: F401  loads the kernels
+from fastscarce.ops import reference
 from fastscarce.ops.targets import MixedTarget
 
 __all__ = ["kd_loss"]
 
-_LOSSES = ("kl",)
+_LOSSES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3, "dkd": 4, "logit_standard": 5}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -48,11 +49,76 @@ class _KDLoss(torch.autograd.Function):
         upstream = upstream.contiguous()
         if _keeps_graph():
             # Another backward pass will read the stored gradient: leave it as it is.
-            return (_backward(gradient, factor, upstream), *(None,) * 10)
+            return (_backward(gradient, factor, upstream), *(None,) * 14)
         # The last use of the stored gradient: hand it out, scaled where it lies. The kernel
         # compares the scale with 1 on the device and then touches nothing.
         _backward_in_place(gradient, factor, upstream)
-        return (gradient, *(None,) * 10)
+        return (gradient, *(None,) * 14)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps the arguments instead of the gradient, which the backward pass makes."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(student, *arguments[:5])
+        ctx.options = arguments[5:]
+        loss: Tensor = _forward(student, *arguments, False)[0]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        student, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted: autograd makes it, through the twin.
+            gradient = _twin_gradient(student, upstream, *tensors, *ctx.options)
+        else:
+            _, gradient, factor = _forward(student, *tensors, *ctx.options, True)
+            _backward_in_place(gradient, factor, upstream.contiguous())
+        return (gradient, *(None,) * 14)
+
+
+def _twin_gradient(
+    student: Tensor,
+    upstream: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    partner: Tensor | None,
+    share: Tensor | None,
+    weight: Tensor | None,
+    divergence: int,
+    first: float,
+    second: float,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    threshold: float,
+    ignore_index: int,
+    reduction: int,
+) -> Tensor:
+    label: Tensor | MixedTarget | None = target
+    if target is not None and partner is not None and share is not None:
+        label = MixedTarget(target, partner, share)
+    logits = student if student.dtype == torch.float64 else student.float()
+    loss = reference.kd_loss(
+        logits,
+        teacher,
+        label,
+        loss=next(name for name, number in _LOSSES.items() if number == divergence),
+        temperature=temperature,
+        alpha=alpha,
+        beta=first,
+        skew=first,
+        dkd_alpha=first,
+        dkd_beta=second,
+        threshold=threshold,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=next(name for name, number in _REDUCTIONS.items() if number == reduction),
+    )
+    (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
+    return gradient
 
 
 def kd_loss(
@@ -63,15 +129,34 @@ def kd_loss(
     loss: str = "kl",
     temperature: float = 1.0,
     alpha: float = 0.5,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    dkd_alpha: float = 1.0,
+    dkd_beta: float = 8.0,
+    threshold: float = 0.0,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    gradient: str = "auto",
 ) -> Tensor:
     """Knowledge distillation plus cross entropy, from raw logits.
 
-    ``alpha * T**2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student,
-    target)``. With ``reduction="mean"`` each term is a weighted mean over rows with a denominator
+    ``alpha * T**2 * D(p, q) + (1 - alpha) * CE(student, target)`` with ``p = softmax(teacher / T)``
+    and ``q = softmax(student / T)``. The divergence ``D`` is one of
+
+    - ``"kl"``: ``KL(p || q)`` (Hinton, Vinyals and Dean, 2015);
+    - ``"reverse_kl"``: ``KL(q || p)``;
+    - ``"jsd"``: ``beta * KL(p || m) + (1 - beta) * KL(q || m)``, ``m = beta * p + (1 - beta) * q``;
+    - ``"skew_kl"``: ``KL(p || skew * p + (1 - skew) * q)``;
+    - ``"dkd"``: ``dkd_alpha * TCKD + dkd_beta * NCKD`` (Zhao et al., CVPR 2022): how the label
+      stands against the rest, and the other classes among themselves. A mixed label is two classes
+      apart from the rest; a row without a label has the second part alone;
+    - ``"logit_standard"``: KL of logits less their mean, divided by their standard deviation
+      (+ 1e-7, over classes - 1), then by ``T`` (Sun et al., CVPR 2024). Logits of -inf are left
+      out of both.
+
+    With ``reduction="mean"`` each term is a weighted mean over rows with a denominator
     of its own: the distillation term over all rows, the label term over labelled rows. A term
     without rows is 0.
 
@@ -82,16 +167,27 @@ def kd_loss(
             None: cross entropy alone.
         target: Class indices, int64, ``(rows,)``; or a :class:`MixedTarget`; or a dense label,
             floating point, ``(rows, classes)``. None: distillation alone.
-        loss: Divergence of the distillation term: ``"kl"``.
+        loss: Divergence of the distillation term, one of the names above.
         temperature: ``T``, what both logits of the distillation term are divided by. Positive.
         alpha: Weight of the distillation term in 0 to 1; taken as 1 without ``target`` and as 0
             without ``teacher``.
+        beta: Share of ``p`` in the mixture of ``"jsd"``, between 0 and 1.
+        skew: Share of ``p`` in the mixture of ``"skew_kl"``, in 0 to 1, 1 left out.
+        dkd_alpha: Weight of TCKD in ``"dkd"``, not negative.
+        dkd_beta: Weight of NCKD in ``"dkd"``, not negative.
+        threshold: Rows whose largest ``p`` is below it have no distillation term, in 0 to 1. They
+            count in the mean all the same, as in FixMatch.
         weight: Weight of each row, not negative, ``(rows,)``; rows of weight 0 are left out.
         label_smoothing: Share of the label spread evenly over all classes, in 0 to 1.
         ignore_index: A row with this target has no label term, and still distils. Of a
             :class:`MixedTarget` each half is ignored on its own: the other half keeps its weight
             ``lam`` or ``1 - lam``, in the loss as in the mean's denominator.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss a row).
+        gradient: ``"in_forward"`` makes the gradient in the pass that makes the loss: a logit is
+            read once. ``"recompute"`` keeps the arguments and makes it in the backward pass: no
+            memory is held between the two, and it can be differentiated again
+            (``create_graph=True``, through plain PyTorch). ``"auto"`` is ``"in_forward"``. Under
+            ``torch.compile`` it is always made in the forward pass.
 
     Returns:
         Loss in nats, float32 (float64 for float64 logits), a scalar, or ``(rows,)`` for ``"none"``.
@@ -106,7 +202,17 @@ def kd_loss(
     section 2.
     """
     if loss not in _LOSSES:
-        raise ValueError(f"kd_loss needs loss to be 'kl', got {loss!r}.")
+        raise ValueError(
+            "kd_loss needs loss to be 'kl', 'reverse_kl', 'jsd', 'skew_kl', 'dkd' or "
+            f"'logit_standard', got {loss!r}."
+        )
+    if gradient not in ("auto", "in_forward", "recompute"):
+        raise ValueError(
+            f"kd_loss needs gradient 'auto', 'in_forward' or 'recompute', got {gradient!r}."
+        )
+    first, second = _parameters(loss, beta, skew, dkd_alpha, dkd_beta)
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"kd_loss needs threshold in 0 to 1, got {threshold}.")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"kd_loss needs reduction 'mean', 'sum' or 'none', got {reduction!r}.")
     if not 0.0 < temperature < float("inf"):
@@ -124,11 +230,17 @@ def kd_loss(
         teacher = _logits("teacher", teacher, student)
     partner = share = None
     if target is None:
+        if loss == "dkd":
+            raise ValueError("kd_loss needs a target for loss 'dkd', got none.")
         alpha = 1.0
     elif isinstance(target, MixedTarget):
         partner, share = _column("target.b", target.b, student), _column("lam", target.lam, student)
         target = _column("target.a", target.a, student)
     elif target.is_floating_point():
+        if loss == "dkd":
+            raise ValueError(
+                "kd_loss needs class indices or a MixedTarget for loss 'dkd', got a dense label."
+            )
         target = _logits("dense target", target, student)
     else:
         target = _column("target", target, student)
@@ -141,9 +253,13 @@ def kd_loss(
         partner,
         share,
         weight,
+        _LOSSES[loss],
+        first,
+        second,
         float(temperature),
         float(alpha),
         float(label_smoothing),
+        float(threshold),
         ignore_index,
         _REDUCTIONS[reduction],
     )
@@ -153,12 +269,35 @@ def kd_loss(
         return traced
     result: Tensor
     if with_gradient:
-        result = _KDLoss.apply(student, *arguments)
+        function = _Recomputed if gradient == "recompute" else _KDLoss
+        result = function.apply(student, *arguments)
     else:
         result = _forward(student, *arguments, False)[0]
     if target is not None and target.dtype == torch.int64 and not student.is_cuda:
         _check_indices(result, (target, partner), student.shape[1], ignore_index)
     return result
+
+
+def _parameters(
+    loss: str, beta: float, skew: float, dkd_alpha: float, dkd_beta: float
+) -> tuple[float, float]:
+    """The two numbers that the divergence takes."""
+    if loss == "jsd":
+        if not 0.0 < beta < 1.0:
+            raise ValueError(f"kd_loss needs beta between 0 and 1, got {beta}.")
+        return float(beta), 0.0
+    if loss == "skew_kl":
+        if not 0.0 <= skew < 1.0:
+            raise ValueError(f"kd_loss needs skew in 0 to 1 and below 1, got {skew}.")
+        return float(skew), 0.0
+    if loss == "dkd":
+        if not (0.0 <= dkd_alpha < math.inf and 0.0 <= dkd_beta < math.inf):
+            raise ValueError(
+                f"kd_loss needs dkd_alpha and dkd_beta of 0 or more, got {dkd_alpha} and "
+                f"{dkd_beta}."
+            )
+        return float(dkd_alpha), float(dkd_beta)
+    return 0.0, 0.0
 
 
 def _logits(name: str, tensor: Tensor, student: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastscarce.ops.targets import MixedTarget
 
-__all__ = ["kd_loss", "kl_rows", "label_rows"]
+__all__ = ["dkd_rows", "kd_loss", "kl_rows", "label_rows", "mixture_rows", "standardised"]
 
 
 def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -28,6 +28,66 @@ def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         torch.where(counts, log_p, zero) - torch.where(counts, log_q, zero)
     )
     return temperature**2 * terms.sum(1)
+
+
+def _log(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.ones_like(x)).log()
+
+
+def mixture_rows(loss: str, p: Tensor, q: Tensor, share: float) -> Tensor:
+    """Reverse KL, JSD(share) or skew KL(share) of each row, from probabilities."""
+    if loss == "reverse_kl":
+        terms = torch.where(p > 0, q * (_log(q) - _log(p)), torch.where(q > 0, torch.inf, 0.0))
+        return terms.sum(1)
+    m = share * p + (1 - share) * q
+    from_teacher = (p * (_log(p) - _log(m))).sum(1)
+    if loss == "skew_kl":
+        return from_teacher
+    return share * from_teacher + (1 - share) * (q * (_log(q) - _log(m))).sum(1)
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Finite logits of each row less their mean, over their standard deviation + 1e-7."""
+    finite = logits > -torch.inf
+    count = finite.sum(1, keepdim=True)
+    mean = torch.where(finite, logits, 0).sum(1, keepdim=True) / count
+    centred = torch.where(finite, logits - mean, 0)
+    deviation = (centred.square().sum(1, keepdim=True) / (count - 1)).sqrt()
+    return torch.where(finite, centred / (deviation + 1e-7), logits)
+
+
+def dkd_rows(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | MixedTarget,
+    temperature: float,
+    weights: tuple[float, float],
+    ignore_index: int,
+) -> Tensor:
+    """``T**2 * (alpha * TCKD + beta * NCKD)`` of each row; a mixed label is two classes apart."""
+    rows = student.shape[0]
+    if isinstance(target, Tensor):
+        target = MixedTarget(target, target, torch.ones(rows, device=target.device))
+    named = torch.zeros(student.shape, dtype=torch.bool, device=student.device)
+    for index, share in ((target.a, target.lam), (target.b, 1 - target.lam)):
+        counts = (index != ignore_index) & (share != 0)
+        place = torch.where(counts, index, 0)[:, None]
+        named |= torch.zeros_like(named).scatter(1, place, counts[:, None])
+    p = (teacher / temperature).softmax(1)
+    log_p, log_q = (teacher / temperature).log_softmax(1), (student / temperature).log_softmax(1)
+    some = ~named.all(1)
+    # A row whose classes are all named keeps one here, so that no softmax is empty.
+    rest = ~named | ~some[:, None]
+    log_pn = torch.where(rest, log_p, -torch.inf).logsumexp(1)
+    log_qn = torch.where(rest, log_q, -torch.inf).logsumexp(1)
+    nckd = kl_rows(
+        torch.where(rest, student / temperature, -torch.inf),
+        torch.where(rest, teacher / temperature, -torch.inf),
+        1.0,
+    )
+    tckd = torch.where(named, p * (log_p - log_q), 0).sum(1)
+    tckd = tckd + torch.where(some, log_pn.exp() * (log_pn - log_qn), 0)
+    return temperature**2 * (weights[0] * tckd + weights[1] * torch.where(some, nckd, 0))
 
 
 def label_rows(
@@ -71,21 +131,39 @@ def kd_loss(
     loss: str = "kl",
     temperature: float = 1.0,
     alpha: float = 0.5,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    dkd_alpha: float = 1.0,
+    dkd_beta: float = 8.0,
+    threshold: float = 0.0,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
     """Twin of :func:`fastscarce.ops.kd_loss`; same arguments and result, no checks."""
-    if loss != "kl":
-        raise ValueError(f"kd_loss knows the loss 'kl', got {loss!r}.")
     rows = student.shape[0]
     weights = student.new_ones(rows) if weight is None else weight.to(student.dtype)
     distil = label = student.new_zeros(rows)
     distil_mass, label_mass = weights, student.new_zeros(rows)
     if teacher is not None:
         share = alpha if target is not None else 1.0
-        distil = share * weights * kl_rows(student, teacher.to(student.dtype), temperature)
+        teacher = teacher.to(student.dtype)
+        seen = (standardised(student), standardised(teacher))
+        if loss != "logit_standard":
+            seen = (student, teacher)
+        p = (seen[1] / temperature).softmax(1)
+        if loss == "dkd":
+            assert target is not None
+            of = (dkd_alpha, dkd_beta)
+            rows_of = dkd_rows(student, teacher, target, temperature, of, ignore_index)
+        elif loss in ("kl", "logit_standard"):
+            rows_of = kl_rows(*seen, temperature)
+        else:
+            q = (student / temperature).softmax(1)
+            rows_of = temperature**2 * mixture_rows(loss, p, q, skew if loss == "skew_kl" else beta)
+        sure = p.amax(1) >= threshold if threshold > 0 else torch.ones_like(weights) > 0
+        distil = share * weights * torch.where(sure, rows_of, torch.zeros_like(rows_of))
     if target is not None:
         share = 1 - alpha if teacher is not None else 1.0
         label, mass = label_rows(student, target, label_smoothing, ignore_index)

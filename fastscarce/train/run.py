@@ -293,7 +293,9 @@ def open_run(config: RunConfig, command: str) -> Run:
     processes = "1 process" if run.world_size == 1 else f"{run.world_size} processes"
     count = torch.get_num_threads()
     threads = "1 thread each" if count == 1 else f"{count} threads each"
-    run.say(f"{command}: {processes}, {run.device}, {threads}")
+    # A process of several on a CPU is given cpu:0, cpu:1, ...: one device all the same.
+    device = "cpu" if run.device.type == "cpu" else run.device
+    run.say(f"{command}: {processes}, {device}, {threads}")
     return run
 
 

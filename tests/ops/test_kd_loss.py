@@ -345,7 +345,7 @@ def test_opcheck(form: str, with_gradient: bool) -> None:
     labels = (mixed.a, mixed.b, mixed.lam) if mixed else (target, None, None)
     torch.library.opcheck(
         torch.ops.fastscarce.kd_loss.default,
-        (student, teacher, *labels, None, 2.0, 0.5, 0.1, -100, 2, with_gradient),
+        (student, teacher, *labels, None, 0, 0.0, 0.0, 2.0, 0.5, 0.1, 0.0, -100, 2, with_gradient),
     )
 
 
@@ -430,7 +430,7 @@ def good() -> dict[str, Any]:
         ({"alpha": 1.5}, "alpha in 0 to 1, got 1.5"),
         ({"label_smoothing": -0.1}, "label_smoothing in 0 to 1"),
         ({"reduction": "batchmean"}, "'mean', 'sum' or 'none', got 'batchmean'"),
-        ({"loss": "l2"}, "loss to be 'kl', got 'l2'"),
+        ({"loss": "l2"}, "dkd' or 'logit_standard', got 'l2'"),
     ],
 )
 def test_refusals(change: dict[str, Any], words: str) -> None:
@@ -443,7 +443,22 @@ def test_kernel_is_safe_without_checks(isa: str) -> None:
     for classes in (10, 100, 2000):
         target = torch.tensor([0, classes, -1, 2**62, -(2**62), 1])
         loss, gradient, _ = torch.ops.fastscarce.kd_loss(
-            torch.randn(6, classes), None, target, None, None, None, 1.0, 0.0, 0.0, -100, 0, True
+            torch.randn(6, classes),
+            None,
+            target,
+            None,
+            None,
+            None,
+            0,
+            0.0,
+            0.0,
+            1.0,
+            0.0,
+            0.0,
+            0.0,
+            -100,
+            0,
+            True,
         )
         assert loss.isnan().tolist() == [False, True, True, True, True, False]
         assert not gradient[1:5].any()

@@ -1,0 +1,79 @@
+"""The losses as modules, for code that keeps a loss beside its model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastscarce.ops.kd import kd_loss
+from fastscarce.ops.targets import MixedTarget
+
+__all__ = ["KDLoss"]
+
+
+class KDLoss(nn.Module):
+    """:func:`fastscarce.ops.kd_loss` with its options kept; same names, defaults and errors.
+
+    The options are attributes and may be changed between calls (a temperature that is annealed).
+    ``forward(student, teacher, target=None, weight=None)`` gives the loss. No parameters.
+    """
+
+    def __init__(
+        self,
+        loss: str = "kl",
+        *,
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        skew: float = 0.1,
+        dkd_alpha: float = 1.0,
+        dkd_beta: float = 8.0,
+        threshold: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        gradient: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.loss = loss
+        self.temperature = temperature
+        self.alpha = alpha
+        self.beta = beta
+        self.skew = skew
+        self.dkd_alpha = dkd_alpha
+        self.dkd_beta = dkd_beta
+        self.threshold = threshold
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.gradient = gradient
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        target: Tensor | MixedTarget | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; shapes and dtypes as in :func:`fastscarce.ops.kd_loss`."""
+        return kd_loss(
+            student,
+            teacher,
+            target,
+            weight=weight,
+            loss=self.loss,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            beta=self.beta,
+            skew=self.skew,
+            dkd_alpha=self.dkd_alpha,
+            dkd_beta=self.dkd_beta,
+            threshold=self.threshold,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            gradient=self.gradient,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"{self.loss!r}, temperature={self.temperature}, alpha={self.alpha}"
