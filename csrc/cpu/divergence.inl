@@ -173,14 +173,20 @@ struct Divergences {
     A label_gradient[2] = {A(0), A(0)};
     A confidence = A(1) / teacher_sum;
     if constexpr (Name == kDkd) {
-      A s[2], t[2];
+      // Relative to the whole row's maxima: large logits would lose digits in what follows.
+      A s[2], t[2], teacher_top = teacher_max;
+      for (int i = 0; i < members.count; ++i)
+        teacher_top = teacher_sum == 0 && i == 0 ? members.teacher[i]
+                                                 : maximum(teacher_top, members.teacher[i]);
+      teacher_top = finite(teacher_top);
       for (int i = 0; i < members.count; ++i) {
-        s[i] = members.student[i] * A(rate);
-        t[i] = members.teacher[i] * A(rate);
+        s[i] = (members.student[i] - ce.student_max) * A(rate);
+        t[i] = (members.teacher[i] - teacher_top) * A(rate);
       }
-      const DkdRow<A> dkd = finish_dkd<A>(
-          {student_max * A(rate), teacher_max * A(rate), student_sum, teacher_sum, gap}, s, t,
-          members.count, A(call.first), A(call.second));
+      const DkdRow<A> dkd =
+          finish_dkd<A>({(student_max - ce.student_max) * A(rate),
+                         (teacher_max - teacher_top) * A(rate), student_sum, teacher_sum, gap},
+                        s, t, members.count, A(call.first), A(call.second));
       d = dkd.rest;
       confidence = dkd.confidence;
       std::copy_n(dkd.label_gradient, 2, label_gradient);

@@ -178,12 +178,19 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const Call call) {
     };
     if constexpr (Name == kDkd) {
       A s[2], t[2];
+      // Relative to the whole row's maxima: large logits would lose digits in what follows.
+      A teacher_top = teacher_max;
+      for (int i = 0; i < count; ++i)
+        teacher_top = teacher_sum == 0 && i == 0 ? member_teacher[i]
+                                                 : maximum(teacher_top, member_teacher[i]);
+      if (teacher_top == A(-INFINITY)) teacher_top = A(0);
       for (int i = 0; i < 2; ++i) {
-        s[i] = member_student[i] * student_rate;
-        t[i] = member_teacher[i] * teacher_rate;
+        s[i] = (member_student[i] - whole_max) * student_rate;
+        t[i] = (member_teacher[i] - teacher_top) * teacher_rate;
       }
-      const DkdRest<A> rest = {student_max * student_rate, teacher_max * teacher_rate, student_sum,
-                               teacher_sum, gap};
+      const DkdRest<A> rest = {(student_max - whole_max) * student_rate,
+                               (teacher_max - teacher_top) * teacher_rate, student_sum, teacher_sum,
+                               gap};
       const DkdRow<A> dkd = finish_dkd<A>(rest, s, t, count, A(call.first), A(call.second));
       d = dkd.rest;
       confidence = dkd.confidence;

@@ -103,7 +103,8 @@ FS_HD inline Divergence<A> finish_standard(A student_sum, A teacher_sum, A gap, 
 }
 
 // Decoupled distillation. What is left of the row without its labels: sums of exponentials relative
-// to its own maxima, all logits times 1 / T; of each label (two at most) both logits times 1 / T.
+// to its own maxima, the maxima less those of the whole row, all logits times 1 / T; of each label
+// (two at most) both logits times 1 / T.
 template <class A>
 struct DkdRest {
   A student_max, teacher_max, student_sum, teacher_sum, gap;

@@ -203,7 +203,7 @@ def test_masks(isa: str, classes: int, loss: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_invariants(isa: str, loss: str) -> None:
     student, teacher, target = example(9, 50)
-    s, t = student.float(), teacher.float()
+    s, t = ((x * 256).round().float() / 256 for x in (student, teacher))
     options: Any = {"loss": loss, "temperature": 3.0, "reduction": "sum"}
     value, gradient = both(kd_loss, s, t, target, **options)
     assert gradient.sum(1).abs().max() < 2e-4
@@ -213,6 +213,13 @@ def test_invariants(isa: str, loss: str) -> None:
         again, again_gradient = both(kd_loss, s, t, target, **options)
         assert torch.equal(again, value)
         assert torch.equal(again_gradient, gradient)
+    # Shifted by 4096, which float32 holds exactly for these logits: no digit may get lost.
+    for exact, far in zip(
+        both(kd_loss, s, t, target, **options),
+        both(kd_loss, s + 4096, t - 4096, target, **options),
+        strict=True,
+    ):
+        torch.testing.assert_close(far, exact, rtol=1e-4, atol=1e-4)
     large, gradient = both(kd_loss, 1e4 * s, 1e4 * t, target, **options)
     assert gradient.isfinite().all()
     assert large.isfinite()
