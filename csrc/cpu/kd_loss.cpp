@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -17,6 +13,7 @@
 #include "../checks.h"
 #include "../kd_arguments.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace fastscarce::cpu {
 namespace {
@@ -24,16 +21,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Work below this many logits stays on one thread.
-constexpr int64_t kLogitsPerThread = 16384;
 // A row this wide is worth cutting into parts where there are fewer rows than threads.
 constexpr int64_t kWideRow = 8192;
-// Gradients from this size on are written past the caches: they would not stay in one anyway, and a
-// cached write reads its line from memory first.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
-// Fresh memory from this size on is asked for in huge pages: a page fault every 4 KiB costs more
-// than the arithmetic of the 1024 logits on it.
-constexpr int64_t kHugeBytes = int64_t(4) << 20;
 
 KdKernels kernels(Dtype dtype) {
   const bool float64 = dtype == Dtype::float64;
@@ -50,36 +39,6 @@ KdKernels kernels(Dtype dtype) {
     }
 #endif
   return scalar::kd_kernels(float64);
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* operation) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      check(false, operation, "float32, float64, bfloat16 or float16 tensors");
-  }
-  return Dtype::none;
-}
-
-Matrix matrix_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), dtype_of(tensor, "kd_loss")};
-}
-
-void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < kHugeBytes) return;
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // `of(begin, end)` of fixed pieces of the rows, added in order: the same for any number of threads.
@@ -152,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
   KdCall call;
   call.rows = student.size(0);
   call.classes = student.size(1);
-  call.student = matrix_of(student);
+  call.student = matrix_of(student, "kd_loss");
   call.temperature = temperature;
   call.label_smoothing = label_smoothing;
   call.threshold = threshold;
@@ -160,11 +119,11 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
   call.first = first;
   call.second = second;
   call.ignore_index = ignore_index;
-  if (teacher) call.teacher = matrix_of(*teacher);
+  if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
   if (target && target->scalar_type() == ScalarType::Long)
     call.target = static_cast<const int64_t*>(target->const_data_ptr());
   else if (target)
-    call.soft = matrix_of(*target);
+    call.soft = matrix_of(*target, "kd_loss");
   if (partner) call.partner = static_cast<const int64_t*>(partner->const_data_ptr());
   if (share) call.share = static_cast<const float*>(share->const_data_ptr());
   if (weight) call.weight = static_cast<const float*>(weight->const_data_ptr());
