@@ -16,6 +16,21 @@ namespace fastscarce {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline int32_t type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Bool:
+      return aoti_torch_dtype_bool();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
 // A contiguous tensor without content on the device of `like`; a size of -1 leaves a dimension out.
 inline Tensor empty_of(const Tensor& like, int64_t rows, int64_t columns,
                        std::optional<ScalarType> dtype = std::nullopt) {
@@ -28,8 +43,7 @@ inline Tensor empty_of(const Tensor& like, int64_t rows, int64_t columns,
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  if (dtype)
-    type = *dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  if (dtype) type = type_of(*dtype);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), type,
                                                          device_type, device_index, &handle));
@@ -72,6 +86,40 @@ inline void check_kd_arguments(const Tensor& student, const std::optional<Tensor
   check(!share || is_column(*share, ScalarType::Float), "kd_loss", "float32 shares (rows,)");
   check(divergence >= kKl && divergence <= kLogitStandard, "kd_loss", "a divergence it knows");
   check(!weight || is_column(*weight, ScalarType::Float), "kd_loss", "float32 weights (rows,)");
+}
+
+inline void check_topk_teacher(const Tensor& student, const Tensor& indices,
+                               const Tensor& log_probs, const Tensor& log_tail) {
+  const auto is_matrix = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(0) == student.size(0) && t.size(1) == indices.size(1) &&
+           t.is_contiguous() && t.is_cuda() == student.is_cuda();
+  };
+  check(indices.dim() == 2 && is_matrix(indices) && indices.scalar_type() == ScalarType::Int,
+        "kd_loss_topk", "contiguous int32 indices (rows, k)");
+  check(indices.size(1) >= 1 && indices.size(1) <= student.size(1), "kd_loss_topk",
+        "k in 1 to classes");
+  check(is_matrix(log_probs), "kd_loss_topk", "contiguous log-probabilities (rows, k)");
+  check(log_tail.dim() == 1 && log_tail.size(0) == student.size(0) && log_tail.is_contiguous() &&
+            log_tail.is_cuda() == student.is_cuda(),
+        "kd_loss_topk", "contiguous log tails (rows,)");
+}
+
+inline void check_topk_mixture(const Tensor& student, const std::optional<Tensor>& indices,
+                               const std::optional<Tensor>& log_probs,
+                               const std::optional<Tensor>& log_tail,
+                               const std::optional<Tensor>& mix, int64_t tail_policy) {
+  check(tail_policy >= kTailUniform && tail_policy <= kTailSupport, "kd_loss_topk",
+        "a tail policy it knows");
+  const bool two = mix.has_value();
+  check(indices.has_value() == two && log_probs.has_value() == two && log_tail.has_value() == two,
+        "kd_loss_topk", "all of a second teacher and its mixture, or nothing");
+  if (!two) return;
+  check_topk_teacher(student, *indices, *log_probs, *log_tail);
+  check(tail_policy == kTailUniform || tail_policy == kTailRenorm, "kd_loss_topk",
+        "the tail policy uniform or renorm for two teachers");
+  check(mix->dim() == 1 && mix->size(0) == student.size(0) && mix->is_contiguous() &&
+            mix->scalar_type() == ScalarType::Float && mix->is_cuda() == student.is_cuda(),
+        "kd_loss_topk", "float32 mixture weights (rows,)");
 }
 
 inline void check_kd_backward_arguments(const Tensor& gradient, const Tensor& factor,

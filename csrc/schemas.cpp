@@ -10,6 +10,16 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
       "Tensor? weight, int divergence, float first, float second, float temperature, float alpha, "
       "float label_smoothing, float threshold, int ignore_index, int reduction, "
       "bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+  m.def(
+      "kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail, "
+      "Tensor? second_indices, Tensor? second_log_probs, Tensor? second_log_tail, Tensor? mix, "
+      "Tensor? target, Tensor? partner, Tensor? share, Tensor? weight, int tail_policy, "
+      "float temperature, float alpha, float label_smoothing, float threshold, int ignore_index, "
+      "int reduction, bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+  m.def("topk(Tensor logits, int k) -> (Tensor indices, Tensor log_probs, Tensor log_tail)");
+  m.def(
+      "confidence(Tensor logits, float threshold, float temperature) -> (Tensor label, "
+      "Tensor confidence, Tensor margin, Tensor entropy, Tensor mask)");
   m.def("kd_loss_backward(Tensor gradient, Tensor factor, Tensor upstream) -> Tensor");
   m.def("kd_loss_backward_(Tensor(a!) gradient, Tensor factor, Tensor upstream) -> ()");
 }

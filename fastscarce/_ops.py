@@ -112,11 +112,43 @@ def _kd_loss_fake(
     reduction: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _kd_results(student, reduction, with_gradient)
+
+
+def _kd_results(
+    student: Tensor, reduction: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, classes = student.shape
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     loss = student.new_empty((rows,) if reduction == 0 else (), dtype=dtype)
     gradient = student.new_empty((rows if with_gradient else 0, classes))
     return loss, gradient, student.new_empty((), dtype=dtype)
+
+
+@torch.library.register_fake("fastscarce::kd_loss_topk")
+def _kd_loss_topk_fake(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor,
+    second_indices: Tensor | None,
+    second_log_probs: Tensor | None,
+    second_log_tail: Tensor | None,
+    mix: Tensor | None,
+    target: Tensor | None,
+    partner: Tensor | None,
+    share: Tensor | None,
+    weight: Tensor | None,
+    tail_policy: int,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    threshold: float,
+    ignore_index: int,
+    reduction: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _kd_results(student, reduction, with_gradient)
 
 
 @torch.library.register_fake("fastscarce::kd_loss_backward")
@@ -138,10 +170,10 @@ def _kd_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _kd_loss_gradient(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     if upstream is None:
-        return (None,) * 16
+        return (None,) * len(ctx.needs_input_grad)
     gradient, factor = ctx.saved_tensors
     student = _ops.kd_loss_backward.default(gradient, factor, upstream.contiguous())
-    return (student, *(None,) * 15)
+    return (student, *(None,) * (len(ctx.needs_input_grad) - 1))
 
 
 def _no_second_gradient(ctx: Any, *unused: Any) -> tuple[Any, ...]:
@@ -151,7 +183,37 @@ def _no_second_gradient(ctx: Any, *unused: Any) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(
-    "fastscarce::kd_loss", _kd_loss_gradient, setup_context=_kd_loss_save
-)
+for _name in ("kd_loss", "kd_loss_topk"):
+    torch.library.register_autograd(
+        f"fastscarce::{_name}", _kd_loss_gradient, setup_context=_kd_loss_save
+    )
 torch.library.register_autograd("fastscarce::kd_loss_backward", _no_second_gradient)
+
+
+# ---- topk, confidence
+
+
+@torch.library.register_fake("fastscarce::topk")
+def _topk_fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty((rows, k), dtype=torch.int32),
+        logits.new_empty((rows, k), dtype=dtype),
+        logits.new_empty((rows,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("fastscarce::confidence")
+def _confidence_fake(
+    logits: Tensor, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty((rows,), dtype=torch.int64),
+        logits.new_empty((rows,), dtype=dtype),
+        logits.new_empty((rows,), dtype=dtype),
+        logits.new_empty((rows,), dtype=dtype),
+        logits.new_empty((rows,), dtype=torch.bool),
+    )

@@ -67,4 +67,6 @@ struct Kd;  // kd_loss.inl: one row at a time
 template <class V, class Exponential>
 struct Lanes;  // kd_lanes.inl: one row a lane
 template <class V, class Exponential>
+struct TopKRows;  // kd_topk.inl: teachers of which the largest classes are known
+template <class V, class Exponential>
 struct Divergences;  // divergence.inl: other divergences than KL(p || q)

@@ -71,10 +71,11 @@ double sum_of_losses(const A* losses, int64_t rows) {
 
 void run_rows(const KdCall& call, const KdKernels& run) {
   const int64_t threads = torch::stable::get_num_threads();
-  if (call.divergence != kKl && call.kd_loss != 0) {
+  const bool named = call.named_count != 0 && call.kd_loss != 0;
+  if (named || (call.divergence != kKl && call.kd_loss != 0)) {
     const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / (4 * call.classes));
     torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
-      run.divergences(call, begin, end);
+      (named ? run.topk : run.divergences)(call, begin, end);
     });
     return;
   }
@@ -101,33 +102,37 @@ void run_rows(const KdCall& call, const KdKernels& run) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_loss(
-    Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
-    std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
-    int64_t divergence, double first, double second, double temperature, double alpha,
-    double label_smoothing, double threshold, int64_t ignore_index, int64_t reduction,
-    bool with_gradient) {
-  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
+using Result = std::tuple<Tensor, Tensor, Tensor>;
+
+// What every loss takes beside its teacher.
+struct LabelArguments {
+  const std::optional<Tensor>&target, &partner, &share, &weight;
+  double label_smoothing;
+  int64_t ignore_index;
+};
+
+KdCall call_of(const Tensor& student, const LabelArguments& label, double temperature,
+               double threshold) {
   KdCall call;
   call.rows = student.size(0);
   call.classes = student.size(1);
   call.student = matrix_of(student, "kd_loss");
   call.temperature = temperature;
-  call.label_smoothing = label_smoothing;
   call.threshold = threshold;
-  call.divergence = divergence;
-  call.first = first;
-  call.second = second;
-  call.ignore_index = ignore_index;
-  if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
-  if (target && target->scalar_type() == ScalarType::Long)
-    call.target = static_cast<const int64_t*>(target->const_data_ptr());
-  else if (target)
-    call.soft = matrix_of(*target, "kd_loss");
-  if (partner) call.partner = static_cast<const int64_t*>(partner->const_data_ptr());
-  if (share) call.share = static_cast<const float*>(share->const_data_ptr());
-  if (weight) call.weight = static_cast<const float*>(weight->const_data_ptr());
+  call.label_smoothing = label.label_smoothing;
+  call.ignore_index = label.ignore_index;
+  if (label.target && label.target->scalar_type() == ScalarType::Long)
+    call.target = static_cast<const int64_t*>(label.target->const_data_ptr());
+  else if (label.target)
+    call.soft = matrix_of(*label.target, "kd_loss");
+  if (label.partner) call.partner = static_cast<const int64_t*>(label.partner->const_data_ptr());
+  if (label.share) call.share = static_cast<const float*>(label.share->const_data_ptr());
+  if (label.weight) call.weight = static_cast<const float*>(label.weight->const_data_ptr());
+  return call;
+}
 
+Result run_call(KdCall& call, const Tensor& student, double alpha, int64_t reduction,
+                bool with_gradient) {
   const bool float64 = call.student.dtype == Dtype::float64;
   const bool float16 = call.student.dtype != Dtype::float32 && !float64;
   const KdKernels run = kernels(call.student.dtype);
@@ -136,8 +141,9 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
           ? sum_of_pieces<KdTotals>(
                 call.rows, [&](int64_t begin, int64_t end) { return run.totals(call, begin, end); })
           : KdTotals{};
-  const KdFactors factors = kd_factors(teacher.has_value(), target.has_value(), temperature, alpha,
-                                       reduction, float16, totals.weight, totals.label);
+  const KdFactors factors =
+      kd_factors(call.teacher.data || call.named_count, call.target || call.soft.data,
+                 call.temperature, alpha, reduction, float16, totals.weight, totals.label);
   call.kd_loss = factors.kd_loss;
   call.ce_loss = factors.ce_loss;
   call.kd_gradient = factors.kd_gradient;
@@ -163,6 +169,51 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
                              : sum_of_losses(static_cast<const float*>(call.losses), call.rows);
   write_scalar(loss, float64, sum);
   return {loss, gradient, factor};
+}
+
+Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
+               std::optional<Tensor> partner, std::optional<Tensor> share,
+               std::optional<Tensor> weight, int64_t divergence, double first, double second,
+               double temperature, double alpha, double label_smoothing, double threshold,
+               int64_t ignore_index, int64_t reduction, bool with_gradient) {
+  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
+  KdCall call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
+                        temperature, threshold);
+  call.divergence = divergence;
+  call.first = first;
+  call.second = second;
+  if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
+  return run_call(call, student, alpha, reduction, with_gradient);
+}
+
+TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
+  return {indices.size(1),
+          static_cast<const int32_t*>(indices.const_data_ptr()),
+          matrix_of(log_probs, "kd_loss_topk"),
+          {log_tail.const_data_ptr(), 1, dtype_of(log_tail, "kd_loss_topk")}};
+}
+
+Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
+                    std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
+                    std::optional<Tensor> second_log_tail, std::optional<Tensor> mix,
+                    std::optional<Tensor> target, std::optional<Tensor> partner,
+                    std::optional<Tensor> share, std::optional<Tensor> weight, int64_t tail_policy,
+                    double temperature, double alpha, double label_smoothing, double threshold,
+                    int64_t ignore_index, int64_t reduction, bool with_gradient) {
+  check_kd_arguments(student, {}, target, partner, share, weight, kKl);
+  check_topk_teacher(student, indices, log_probs, log_tail);
+  check_topk_mixture(student, second_indices, second_log_probs, second_log_tail, mix, tail_policy);
+  KdCall call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
+                        temperature, threshold);
+  call.tail_policy = int(tail_policy);
+  call.named[0] = topk_of(indices, log_probs, log_tail);
+  call.named_count = 1;
+  if (mix) {
+    call.named[1] = topk_of(*second_indices, *second_log_probs, *second_log_tail);
+    call.named_count = 2;
+    call.mix = static_cast<const float*>(mix->const_data_ptr());
+  }
+  return run_call(call, student, alpha, reduction, with_gradient);
 }
 
 double read_scalar(const Tensor& tensor) {
@@ -207,6 +258,7 @@ void kd_loss_backward_in_place(Tensor gradient, Tensor factor, Tensor upstream) 
 
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, CPU, m) {
   m.impl("kd_loss", TORCH_BOX(&fastscarce::cpu::kd_loss));
+  m.impl("kd_loss_topk", TORCH_BOX(&fastscarce::cpu::kd_loss_topk));
   m.impl("kd_loss_backward", TORCH_BOX(&fastscarce::cpu::kd_loss_backward));
   m.impl("kd_loss_backward_", TORCH_BOX(&fastscarce::cpu::kd_loss_backward_in_place));
 }

@@ -19,9 +19,21 @@ struct Matrix {
   Dtype dtype = Dtype::none;
 };
 
+// A teacher's k largest classes; csrc/math/topk_teacher.h.
+struct TopKTeacher {
+  int64_t k = 0;
+  const int32_t* indices = nullptr;  // (rows, k)
+  Matrix log_probs;                  // (rows, k)
+  Matrix log_tail;                   // (rows, 1)
+};
+
 struct KdCall {
   int64_t rows = 0, classes = 0;
   Matrix student, teacher, soft;
+  TopKTeacher named[2];  // instead of `teacher`
+  int64_t named_count = 0;
+  const float* mix = nullptr;  // (rows,): weight of the first of two; the second has the rest
+  int tail_policy = kTailUniform;
   const int64_t* target = nullptr;
   const int64_t* partner = nullptr;
   const float* share = nullptr;
@@ -62,6 +74,8 @@ struct KdKernels {
                 const void* row_factor, int64_t begin, int64_t end);
   // As `rows`, for every divergence but KL(p || q).
   void (*divergences)(const KdCall&, int64_t begin, int64_t end);
+  // As `rows`, for TopK teachers.
+  void (*topk)(const KdCall&, int64_t begin, int64_t end);
 };
 
 // Kernels of an instruction set for a student dtype.

@@ -29,7 +29,7 @@ struct Kd {
 
   struct Setup {
     const KdCall& call;
-    bool teacher, label, dense, smoothing, keep;
+    bool distils, teacher, label, dense, smoothing, keep;
     int power;
     int64_t chunks, chunk;
     A inverse_temperature, inverse_classes;
@@ -37,14 +37,15 @@ struct Kd {
 
     explicit Setup(const KdCall& c)
         : call(c),
-          teacher(c.kd_loss != 0),
+          distils(c.kd_loss != 0),
+          teacher(distils && c.teacher.data),
           label(c.ce_loss != 0),
           dense(label && c.soft.data),
           smoothing(label && c.label_smoothing != 0),
           keep(c.gradient != nullptr),
-          student_exp(teacher ? 1.0 / c.temperature : 1.0),
+          student_exp(distils ? 1.0 / c.temperature : 1.0),
           label_exp(1.0) {
-      const double t = teacher ? c.temperature : 1.0;
+      const double t = distils ? c.temperature : 1.0;
       const bool whole = t == double(int64_t(t)) && t <= kHighestPower;
       power = !label ? kNoLabel : whole ? int(t) : kOwnExponential;
       chunks = c.classes > kChunk ? (c.classes + kChunk - 1) / kChunk : 1;
@@ -58,8 +59,8 @@ struct Kd {
 
   static A finite(A largest) { return largest == A(-INFINITY) ? A(0) : largest; }
 
-  // ---- statistics of one chunk
-  template <int Power, bool Teacher, bool Keep>
+  // ---- statistics of one chunk. Sum: logit_sum too, on the way.
+  template <int Power, bool Teacher, bool Keep, bool Sum = false>
   static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
                                      A* student_kept, A* teacher_kept, A* label_kept) {
     const A lowest = A(-INFINITY);
@@ -81,7 +82,7 @@ struct Kd {
 
     const V student_max(out.student_max), teacher_max(out.teacher_max), zero(A(0));
     const Exponential student_exp = setup.student_exp, label_exp = setup.label_exp;
-    V student_sum = zero, teacher_sum = zero, label_sum = zero, gap = zero;
+    V student_sum = zero, teacher_sum = zero, label_sum = zero, gap = zero, logit_sum = zero;
     const auto step = [&](V student, V teacher, int64_t i) {
       const V x = student - student_max;
       const V e = student_exp(x);
@@ -101,7 +102,13 @@ struct Kd {
         if constexpr (Keep) p.store(teacher_kept + i);
       }
     };
-    for (int64_t i = 0; i < whole; i += L) step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
+    for (int64_t i = 0; i < whole; i += L) {
+      if constexpr (Sum) logit_sum = logit_sum + (V::load(s + i) - student_max);
+      step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
+    }
+    if constexpr (Sum)
+      if (whole < n)
+        logit_sum = logit_sum + (V::load_part(s + whole, n - whole, out.student_max) - student_max);
     if (whole < n)
       step(V::load_part(s + whole, n - whole, lowest),
            Teacher ? V::load_part(t + whole, n - whole, lowest) : zero, whole);
@@ -109,6 +116,7 @@ struct Kd {
     out.teacher_sum = sum_of(teacher_sum);
     out.label_sum = Power == 1 ? out.student_sum : sum_of(label_sum);
     out.gap = sum_of(gap);
+    out.logit_sum = sum_of(logit_sum);
     return out;
   }
 
@@ -118,9 +126,13 @@ struct Kd {
     const int64_t whole = n / L * L;
     const V student_max(out.student_max), zero(A(0));
     if (setup.smoothing) {
-      V sum = zero;
-      for (int64_t i = 0; i < whole; i += L) sum = sum + (V::load(s + i) - student_max);
-      out.logit_sum = sum_of(sum);
+      // Four sums, so that an addition does not wait for the one before.
+      V sums[4] = {zero, zero, zero, zero};
+      int64_t at = 0;
+      for (; at + 4 * L <= whole; at += 4 * L)
+        for (int k = 0; k < 4; ++k) sums[k] = sums[k] + (V::load(s + at + k * L) - student_max);
+      for (; at < whole; at += L) sums[0] = sums[0] + (V::load(s + at) - student_max);
+      out.logit_sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
       for (int64_t i = whole; i < n; ++i) out.logit_sum += s[i] - out.student_max;
     }
     if (setup.dense) {
@@ -245,10 +257,15 @@ struct Kd {
 
   static Coefficients finish(const Setup& setup, int64_t row, const Label& label, KdWeights<A> w,
                              const Kept& kept, Statistics& whole) {
-    const KdCall& call = setup.call;
     whole = kept.statistics[0];
     for (int64_t k = 1; k < setup.chunks; ++k)
       whole = kd_merge(whole, kept.statistics[k], setup.inverse_temperature);
+    return coefficients(setup, row, label, w, whole);
+  }
+
+  static Coefficients coefficients(const Setup& setup, int64_t row, const Label& label,
+                                   KdWeights<A> w, const Statistics& whole) {
+    const KdCall& call = setup.call;
     const auto dot = [&](int64_t index, double share) {
       if (index < 0 || share == 0) return A(0);
       A element;
@@ -313,6 +330,19 @@ struct Kd {
       }
       if (!direct) write_as(out, gradient + from * size_of(dtype), dtype, n);
     }
+  }
+
+  // A finished chunk of the gradient, past the caches where that is asked for.
+  static void put(const A* from, char* to, Dtype dtype, int64_t n, bool stream) {
+    constexpr int64_t bytes = L * int64_t(sizeof(A));
+    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(to) % bytes);
+    const int64_t head = past ? (bytes - past) / int64_t(sizeof(A)) : 0;
+    if (!stream || dtype != dtype_of<A>() || n < head + L) return write_as(from, to, dtype, n);
+    A* const out = reinterpret_cast<A*>(to);
+    write_as(from, to, dtype, head);
+    int64_t i = head;
+    for (; i + L <= n; i += L) V::load(from + i).stream(out + i);
+    write_as(from + i, out + i, dtype, n - i);
   }
 
   // A row that carries no weight or whose label is outside the classes: no gradient; 0 or NaN.
@@ -435,6 +465,7 @@ struct Kd {
             &part_statistics,
             &part_gradients,
             &scale,
-            &Divergences<V, Exponential>::rows};
+            &Divergences<V, Exponential>::rows,
+            &TopKRows<V, Exponential>::rows};
   }
 };

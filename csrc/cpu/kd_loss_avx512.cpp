@@ -8,9 +8,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kd_loss.h"
+#include "selection.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // gcc 12 warns of its own _mm512_undefined_ps.
@@ -33,6 +35,8 @@ namespace fastscarce::cpu::avx512 {
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/divergence.h"
+#include "../math/selection.h"
+#include "../math/topk_teacher.h"
 #include "vec_avx512.inl"
 #include "vec_math.inl"
 #include "block8.inl"
@@ -41,9 +45,13 @@ namespace fastscarce::cpu::avx512 {
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
 #include "divergence.inl"
+#include "kd_topk.inl"
+#include "selection.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
+
+SelectionKernels selection_kernels(bool) { return Selection<Vec, Exponential>::kernels(); }
 
 }  // namespace fastscarce::cpu::avx512
 

@@ -9,9 +9,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kd_loss.h"
+#include "selection.h"
 
 // kd_row.h: no device here, and a call in a loop over classes would empty its registers.
 #define FS_HD __attribute__((always_inline))
@@ -27,6 +29,8 @@ namespace fastscarce::cpu::emulated {
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/divergence.h"
+#include "../math/selection.h"
+#include "../math/topk_teacher.h"
 namespace half {
 #include "vec_avx2.inl"
 }  // namespace half
@@ -38,9 +42,13 @@ namespace half {
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
 #include "divergence.inl"
+#include "kd_topk.inl"
+#include "selection.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
+
+SelectionKernels selection_kernels(bool) { return Selection<Vec, Exponential>::kernels(); }
 
 }  // namespace fastscarce::cpu::emulated
 

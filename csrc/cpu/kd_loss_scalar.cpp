@@ -6,9 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "kd_loss.h"
+#include "selection.h"
 
 // kd_row.h: no device here, and a call in a loop over classes would empty its registers.
 #define FS_HD __attribute__((always_inline))
@@ -18,16 +20,25 @@ namespace fastscarce::cpu::scalar {
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/divergence.h"
+#include "../math/selection.h"
+#include "../math/topk_teacher.h"
 #include "vec_scalar.inl"
 #include "convert.inl"
 #include "kd_label.inl"
 #include "kd_loss.inl"
 #include "divergence.inl"
+#include "kd_topk.inl"
+#include "selection.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool float64) {
   return float64 ? Kd<Lane<double>, LaneExponential<double>>::kernels()
                  : Kd<Lane<float>, LaneExponential<float>>::kernels();
+}
+
+SelectionKernels selection_kernels(bool float64) {
+  return float64 ? Selection<Lane<double>, LaneExponential<double>>::kernels()
+                 : Selection<Lane<float>, LaneExponential<float>>::kernels();
 }
 
 }  // namespace fastscarce::cpu::scalar

@@ -34,6 +34,7 @@ inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a.v, 
 inline Vec subtract_multiply(Vec c, Vec a, Vec b) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
 // The larger; `b` where either is NaN.
 inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
+inline Vec minimum(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 inline Vec select(Vec condition, Vec a, Vec b) {
   const __m256 mask = _mm256_cmp_ps(condition.v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
   return _mm256_blendv_ps(b.v, a.v, mask);
@@ -44,6 +45,17 @@ inline Vec zero_unless(Vec condition, Vec a) {
 // `a` where x and y are equal, else 0.
 inline Vec where_equal(Vec x, Vec y, Vec a) {
   return _mm256_and_ps(_mm256_cmp_ps(x.v, y.v, _CMP_EQ_OQ), a.v);
+}
+// `a` where x is below y or either is NaN, else 0.
+inline Vec where_below(Vec x, Vec y, Vec a) {
+  return _mm256_and_ps(_mm256_cmp_ps(x.v, y.v, _CMP_NGE_UQ), a.v);
+}
+// Bit i: lane i of x is above, or equal to, that of y; no NaN is.
+inline uint32_t above(Vec x, Vec y) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.v, y.v, _CMP_GT_OQ)));
+}
+inline uint32_t equal(Vec x, Vec y) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.v, y.v, _CMP_EQ_OQ)));
 }
 // The low nine bits of each number's pattern, moved up to sign and exponent.
 inline Vec low_bits_to_exponent(Vec x) {

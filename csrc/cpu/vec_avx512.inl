@@ -31,6 +31,7 @@ inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a.v, 
 inline Vec subtract_multiply(Vec c, Vec a, Vec b) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
 // The larger; `b` where either is NaN.
 inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 inline Vec select(Vec condition, Vec a, Vec b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(condition.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
                               b.v, a.v);
@@ -43,6 +44,13 @@ inline Vec zero_unless(Vec condition, Vec a) {
 inline Vec where_equal(Vec x, Vec y, Vec a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ), a.v);
 }
+// `a` where x is below y or either is NaN, else 0.
+inline Vec where_below(Vec x, Vec y, Vec a) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_NGE_UQ), a.v);
+}
+// Bit i: lane i of x is above, or equal to, that of y; no NaN is.
+inline uint32_t above(Vec x, Vec y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_GT_OQ); }
+inline uint32_t equal(Vec x, Vec y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ); }
 // The low nine bits of each number's pattern, moved up to sign and exponent.
 inline Vec low_bits_to_exponent(Vec x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23));

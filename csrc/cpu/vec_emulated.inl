@@ -45,6 +45,7 @@ inline Vec subtract_multiply(Vec c, Vec a, Vec b) {
   return {subtract_multiply(c.low, a.low, b.low), subtract_multiply(c.high, a.high, b.high)};
 }
 inline Vec maximum(Vec a, Vec b) { return {maximum(a.low, b.low), maximum(a.high, b.high)}; }
+inline Vec minimum(Vec a, Vec b) { return {minimum(a.low, b.low), minimum(a.high, b.high)}; }
 inline Vec select(Vec condition, Vec a, Vec b) {
   return {select(condition.low, a.low, b.low), select(condition.high, a.high, b.high)};
 }
@@ -54,6 +55,11 @@ inline Vec zero_unless(Vec condition, Vec a) {
 inline Vec where_equal(Vec x, Vec y, Vec a) {
   return {where_equal(x.low, y.low, a.low), where_equal(x.high, y.high, a.high)};
 }
+inline Vec where_below(Vec x, Vec y, Vec a) {
+  return {where_below(x.low, y.low, a.low), where_below(x.high, y.high, a.high)};
+}
+inline uint32_t above(Vec x, Vec y) { return above(x.low, y.low) | above(x.high, y.high) << 8; }
+inline uint32_t equal(Vec x, Vec y) { return equal(x.low, y.low) | equal(x.high, y.high) << 8; }
 inline Vec low_bits_to_exponent(Vec x) {
   return {low_bits_to_exponent(x.low), low_bits_to_exponent(x.high)};
 }

@@ -42,6 +42,26 @@ Lane<A> maximum(Lane<A> a, Lane<A> b) {
   return Lane<A>(a.v > b.v ? a.v : b.v);
 }
 template <class A>
+Lane<A> minimum(Lane<A> a, Lane<A> b) {
+  return Lane<A>(a.v < b.v ? a.v : b.v);
+}
+template <class A>
+Lane<A> where_equal(Lane<A> x, Lane<A> y, Lane<A> a) {
+  return Lane<A>(x.v == y.v ? a.v : A(0));
+}
+template <class A>
+Lane<A> where_below(Lane<A> x, Lane<A> y, Lane<A> a) {
+  return Lane<A>(!(x.v >= y.v) ? a.v : A(0));
+}
+template <class A>
+uint32_t above(Lane<A> x, Lane<A> y) {
+  return x.v > y.v;
+}
+template <class A>
+uint32_t equal(Lane<A> x, Lane<A> y) {
+  return x.v == y.v;
+}
+template <class A>
 Lane<A> zero_unless(Lane<A> condition, Lane<A> a) {
   return Lane<A>(condition.v != 0 ? a.v : A(0));
 }

@@ -7,11 +7,7 @@
 // DRAM sees student and teacher once and the gradient once while rows in flight fit in L2. The sums
 // over rows that the means divide by, and the sum of the losses, are kernels of one block in a
 // fixed order: no atomics, no host synchronisation, bitwise repeatable, and capturable in a graph.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <math.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,22 +19,24 @@
 
 #define FS_HD __host__ __device__
 #include "../kd_arguments.h"
+#include "tensors.cuh"
 
 namespace fastscarce::cuda {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/divergence.h"
+#include "../math/topk_teacher.h"
+#include "block.cuh"
 // clang-format on
 
 namespace {
 
-enum class Dtype : int32_t { none, float32, float64, bfloat16, float16 };
-
-struct Matrix {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-  Dtype dtype = Dtype::none;
+// A teacher's k largest classes; csrc/math/topk_teacher.h.
+struct TopKTeacher {
+  int64_t k;
+  const int32_t* indices;
+  Matrix log_probs, log_tail;
 };
 
 struct Call {
@@ -52,37 +50,13 @@ struct Call {
   double temperature, alpha, label_smoothing, threshold;
   int64_t divergence;
   double first, second;
+  TopKTeacher named[2];  // instead of `teacher`
+  int named_count, tail_policy;
+  const float* mix;
   void* gradient;
   void* losses;
   KdFactors* factors;
 };
-
-__device__ inline double number(double x) { return x; }
-__device__ inline float number(float x) { return x; }
-__device__ inline float number(__half x) { return __half2float(x); }
-__device__ inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <class A>
-__device__ inline void put(A* to, A x) {
-  *to = x;
-}
-__device__ inline void put(__half* to, float x) { *to = __float2half_rn(x); }
-__device__ inline void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
-
-// Element i of a row whose dtype the kernel was not compiled for; the branch is the same for all.
-template <class A>
-__device__ inline A element(const Matrix& m, int64_t row, int64_t i) {
-  const int64_t at = row * m.row_stride + i;
-  switch (m.dtype) {
-    case Dtype::float32:
-      return A(static_cast<const float*>(m.data)[at]);
-    case Dtype::float64:
-      return A(static_cast<const double*>(m.data)[at]);
-    case Dtype::bfloat16:
-      return A(number(static_cast<const __nv_bfloat16*>(m.data)[at]));
-    default:
-      return A(number(static_cast<const __half*>(m.data)[at]));
-  }
-}
 
 struct Label {
   int64_t first = -1, second = -1;  // -1: none
@@ -141,9 +115,10 @@ __global__ void kd_factors_kernel(Call call, bool float16, A* factor) {
     labels = block_sum(labels);
   }
   if (threadIdx.x == 0) {
-    *call.factors = kd_factors(
-        call.teacher.data != nullptr, call.target != nullptr || call.soft.data != nullptr,
-        call.temperature, call.alpha, call.reduction, float16, weights, labels);
+    *call.factors =
+        kd_factors(call.teacher.data != nullptr || call.named_count != 0,
+                   call.target != nullptr || call.soft.data != nullptr, call.temperature,
+                   call.alpha, call.reduction, float16, weights, labels);
     *factor = A(call.factors->factor);
   }
 }
@@ -158,12 +133,7 @@ __global__ void kd_loss_sum_kernel(const A* losses, int64_t rows, A* loss) {
 
 // ---- one row
 template <class A>
-__device__ inline A shuffle_down(A value, int by) {
-  return __shfl_down_sync(0xffffffffu, value, by);
-}
-
-template <class A>
-__device__ inline KdStatistics<A> shuffle_down(const KdStatistics<A>& s, int by) {
+__device__ inline KdStatistics<A> statistics_down(const KdStatistics<A>& s, int by) {
   return {shuffle_down(s.student_max, by), shuffle_down(s.teacher_max, by),
           shuffle_down(s.student_sum, by), shuffle_down(s.teacher_sum, by),
           shuffle_down(s.label_sum, by),   shuffle_down(s.gap, by),
@@ -175,7 +145,7 @@ __device__ inline KdStatistics<A> shuffle_down(const KdStatistics<A>& s, int by)
 template <class A, int Width>
 __device__ inline KdStatistics<A> reduce(KdStatistics<A> own, A inverse_temperature) {
   for (int by = 16; by > 0; by /= 2)
-    own = kd_merge(own, shuffle_down(own, by), inverse_temperature);
+    own = kd_merge(own, statistics_down(own, by), inverse_temperature);
   constexpr int warps = Width / 32;
   __shared__ KdStatistics<A> shared[Width == 32 ? 32 : warps];
   if constexpr (Width == 32) {
@@ -193,8 +163,6 @@ __device__ inline KdStatistics<A> reduce(KdStatistics<A> own, A inverse_temperat
   }
   return own;
 }
-
-constexpr int kThreads = 256;
 
 // S: the student's dtype. SameTeacher: the teacher has it too and its rows are read as such.
 template <class S, class A, int Width, bool SameTeacher>
@@ -294,6 +262,7 @@ __global__ void __launch_bounds__(kThreads) kd_loss_kernel(const Call call) {
 }
 
 #include "divergence.cuh"
+#include "kd_topk.cuh"
 
 // ---- the backward pass: out = gradient * factor * upstream; returns at once where that is 1 and
 // in place. The comparison is the device's.
@@ -308,38 +277,6 @@ __global__ void kd_loss_backward_kernel(const S* gradient, S* out, const A* fact
 }
 
 // ---- launchers
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      check(false, "kd_loss", "float32, float64, bfloat16 or float16 tensors");
-  }
-  return Dtype::none;
-}
-
-Matrix matrix_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), dtype_of(tensor)};
-}
-
-cudaStream_t stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("kd_loss on CUDA: ") + cudaGetErrorString(error));
-}
-
 template <class S, class A, int Width>
 void launch(const Call& call, cudaStream_t stream) {
   constexpr int rows_a_block = kThreads / Width;
@@ -348,7 +285,7 @@ void launch(const Call& call, cudaStream_t stream) {
     kd_loss_kernel<S, A, Width, true><<<unsigned(blocks), kThreads, 0, stream>>>(call);
   else
     kd_loss_kernel<S, A, Width, false><<<unsigned(blocks), kThreads, 0, stream>>>(call);
-  check_launch();
+  check_launch("kd_loss");
 }
 
 template <class S, class A>
@@ -370,16 +307,18 @@ void launch_divergence(const Call& call, cudaStream_t stream) {
     default:
       divergence_kernel<S, A, kLogitStandard><<<blocks, kThreads, 0, stream>>>(call);
   }
-  check_launch();
+  check_launch("kd_loss");
 }
 
 template <class S, class A>
 void run(const Call& call, bool sum, void* factor, void* loss, cudaStream_t stream) {
   kd_factors_kernel<A>
       <<<1, kSumThreads, 0, stream>>>(call, sizeof(S) == 2, static_cast<A*>(factor));
-  check_launch();
+  check_launch("kd_loss");
   if (call.rows > 0) {
-    if (call.divergence != kKl && call.teacher.data)
+    if (call.named_count != 0)
+      launch_topk<S, A>(call, stream);
+    else if (call.divergence != kKl && call.teacher.data)
       launch_divergence<S, A>(call, stream);
     else if (call.classes <= 1024)
       launch<S, A, 32>(call, stream);
@@ -389,39 +328,41 @@ void run(const Call& call, bool sum, void* factor, void* loss, cudaStream_t stre
   if (!sum) return;
   kd_loss_sum_kernel<A><<<1, kSumThreads, 0, stream>>>(static_cast<const A*>(call.losses),
                                                        call.rows, static_cast<A*>(loss));
-  check_launch();
+  check_launch("kd_loss");
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_loss(
-    Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
-    std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
-    int64_t divergence, double first, double second, double temperature, double alpha,
-    double label_smoothing, double threshold, int64_t ignore_index, int64_t reduction,
-    bool with_gradient) {
-  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
-  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+using Result = std::tuple<Tensor, Tensor, Tensor>;
+
+// What every loss takes beside its teacher.
+struct LabelArguments {
+  const std::optional<Tensor>&target, &partner, &share, &weight;
+  double label_smoothing;
+  int64_t ignore_index;
+};
+
+Call call_of(const Tensor& student, const LabelArguments& label, double temperature, double alpha,
+             double threshold, int64_t reduction) {
   Call call{};
   call.rows = student.size(0);
   call.classes = student.size(1);
-  call.student = matrix_of(student);
+  call.student = matrix_of(student, "kd_loss");
   call.temperature = temperature;
   call.alpha = alpha;
-  call.label_smoothing = label_smoothing;
   call.threshold = threshold;
-  call.divergence = divergence;
-  call.first = first;
-  call.second = second;
-  call.ignore_index = ignore_index;
   call.reduction = reduction;
-  if (teacher) call.teacher = matrix_of(*teacher);
-  if (target && target->scalar_type() == ScalarType::Long)
-    call.target = static_cast<const int64_t*>(target->const_data_ptr());
-  else if (target)
-    call.soft = matrix_of(*target);
-  if (partner) call.partner = static_cast<const int64_t*>(partner->const_data_ptr());
-  if (share) call.share = static_cast<const float*>(share->const_data_ptr());
-  if (weight) call.weight = static_cast<const float*>(weight->const_data_ptr());
+  call.label_smoothing = label.label_smoothing;
+  call.ignore_index = label.ignore_index;
+  if (label.target && label.target->scalar_type() == ScalarType::Long)
+    call.target = static_cast<const int64_t*>(label.target->const_data_ptr());
+  else if (label.target)
+    call.soft = matrix_of(*label.target, "kd_loss");
+  if (label.partner) call.partner = static_cast<const int64_t*>(label.partner->const_data_ptr());
+  if (label.share) call.share = static_cast<const float*>(label.share->const_data_ptr());
+  if (label.weight) call.weight = static_cast<const float*>(label.weight->const_data_ptr());
+  return call;
+}
 
+Result run_call(Call& call, const Tensor& student, bool with_gradient) {
   const ScalarType loss_type =
       call.student.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor gradient = empty_of(student, with_gradient ? call.rows : 0, call.classes);
@@ -431,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
   Tensor factor = empty_of(student, -1, -1, loss_type);
   Tensor workspace = empty_of(student, sizeof(KdFactors) / sizeof(double), -1, ScalarType::Double);
   call.factors = static_cast<KdFactors*>(workspace.mutable_data_ptr());
-  const bool sum = reduction != kReductionNone;
+  const bool sum = call.reduction != kReductionNone;
   Tensor loss = sum ? empty_of(student, -1, -1, loss_type) : losses;
   void* const factor_at = factor.mutable_data_ptr();
   void* const loss_at = loss.mutable_data_ptr();
@@ -452,6 +393,55 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(
   return {loss, gradient, factor};
 }
 
+Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
+               std::optional<Tensor> partner, std::optional<Tensor> share,
+               std::optional<Tensor> weight, int64_t divergence, double first, double second,
+               double temperature, double alpha, double label_smoothing, double threshold,
+               int64_t ignore_index, int64_t reduction, bool with_gradient) {
+  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  Call call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
+                      temperature, alpha, threshold, reduction);
+  call.divergence = divergence;
+  call.first = first;
+  call.second = second;
+  if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
+  return run_call(call, student, with_gradient);
+}
+
+TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
+  return {indices.size(1),
+          static_cast<const int32_t*>(indices.const_data_ptr()),
+          matrix_of(log_probs, "kd_loss_topk"),
+          {log_tail.const_data_ptr(), 1, dtype_of(log_tail, "kd_loss_topk")}};
+}
+
+Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
+                    std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
+                    std::optional<Tensor> second_log_tail, std::optional<Tensor> mix,
+                    std::optional<Tensor> target, std::optional<Tensor> partner,
+                    std::optional<Tensor> share, std::optional<Tensor> weight, int64_t tail_policy,
+                    double temperature, double alpha, double label_smoothing, double threshold,
+                    int64_t ignore_index, int64_t reduction, bool with_gradient) {
+  check_kd_arguments(student, {}, target, partner, share, weight, kKl);
+  check_topk_teacher(student, indices, log_probs, log_tail);
+  check_topk_mixture(student, second_indices, second_log_probs, second_log_tail, mix, tail_policy);
+  check(tail_policy != kTailBucket || student.size(1) <= kMostMarked, "kd_loss_topk",
+        "at most 327680 classes for the tail policy tail on a GPU");
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  Call call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
+                      temperature, alpha, threshold, reduction);
+  call.tail_policy = int(tail_policy);
+  call.named[0] = topk_of(indices, log_probs, log_tail);
+  call.named_count = 1;
+  if (mix) {
+    call.named[1] = topk_of(*second_indices, *second_log_probs, *second_log_tail);
+    call.named_count = 2;
+    call.mix = static_cast<const float*>(mix->const_data_ptr());
+  }
+  return run_call(call, student, with_gradient);
+}
+
 template <class S, class A>
 void scale(const void* gradient, void* out, const void* factor, const Tensor& upstream,
            int64_t rows, int64_t classes, cudaStream_t stream) {
@@ -459,7 +449,7 @@ void scale(const void* gradient, void* out, const void* factor, const Tensor& up
   kd_loss_backward_kernel<S, A><<<unsigned(blocks), 256, 0, stream>>>(
       static_cast<const S*>(gradient), static_cast<S*>(out), static_cast<const A*>(factor),
       static_cast<const A*>(upstream.const_data_ptr()), upstream.dim() == 1, rows, classes);
-  check_launch();
+  check_launch("kd_loss");
 }
 
 void scale(const Tensor& gradient, const Tensor& factor, const Tensor& upstream, void* out) {
@@ -470,7 +460,7 @@ void scale(const Tensor& gradient, const Tensor& factor, const Tensor& upstream,
   const void* in = gradient.const_data_ptr();
   const void* by = factor.const_data_ptr();
   const cudaStream_t stream = stream_of(gradient);
-  switch (dtype_of(gradient)) {
+  switch (dtype_of(gradient, "kd_loss_backward")) {
     case Dtype::float32:
       return scale<float, float>(in, out, by, upstream, rows, classes, stream);
     case Dtype::float64:
@@ -497,6 +487,7 @@ void kd_loss_backward_in_place(Tensor gradient, Tensor factor, Tensor upstream) 
 
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
   m.impl("kd_loss", TORCH_BOX(&fastscarce::cuda::kd_loss));
+  m.impl("kd_loss_topk", TORCH_BOX(&fastscarce::cuda::kd_loss_topk));
   m.impl("kd_loss_backward", TORCH_BOX(&fastscarce::cuda::kd_loss_backward));
   m.impl("kd_loss_backward_", TORCH_BOX(&fastscarce::cuda::kd_loss_backward_in_place));
 }

@@ -3,130 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastscarce import _ops  # noqa: F401  loads the kernels
-from fastscarce.ops import reference
-from fastscarce.ops.targets import MixedTarget
+from fastscarce.ops.autograd import LOSSES, REDUCTIONS, TAILS, InForward, Recomputed
+from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
 __all__ = ["kd_loss"]
 
-_LOSSES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3, "dkd": 4, "logit_standard": 5}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_forward = torch.ops.fastscarce.kd_loss.default
-_backward = torch.ops.fastscarce.kd_loss_backward.default
-_backward_in_place = torch.ops.fastscarce.kd_loss_backward_.default
-
-
-def _always() -> bool:
-    return True
-
-
-# Whether the backward pass that runs now keeps its graph; where torch does not say, assume it does.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
-
-
-class _KDLoss(torch.autograd.Function):
-    """The eager door: fewer Python steps a call than the registered gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *arguments: Any) -> Tensor:
-        loss: Tensor
-        loss, gradient, factor = _forward(student, *arguments, True)
-        ctx.save_for_backward(gradient, factor)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        gradient, factor = ctx.saved_tensors
-        upstream = upstream.contiguous()
-        if _keeps_graph():
-            # Another backward pass will read the stored gradient: leave it as it is.
-            return (_backward(gradient, factor, upstream), *(None,) * 14)
-        # The last use of the stored gradient: hand it out, scaled where it lies. The kernel
-        # compares the scale with 1 on the device and then touches nothing.
-        _backward_in_place(gradient, factor, upstream)
-        return (gradient, *(None,) * 14)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Keeps the arguments instead of the gradient, which the backward pass makes."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(student, *arguments[:5])
-        ctx.options = arguments[5:]
-        loss: Tensor = _forward(student, *arguments, False)[0]
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        student, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # A graph of the gradient is wanted: autograd makes it, through the twin.
-            gradient = _twin_gradient(student, upstream, *tensors, *ctx.options)
-        else:
-            _, gradient, factor = _forward(student, *tensors, *ctx.options, True)
-            _backward_in_place(gradient, factor, upstream.contiguous())
-        return (gradient, *(None,) * 14)
-
-
-def _twin_gradient(
-    student: Tensor,
-    upstream: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    partner: Tensor | None,
-    share: Tensor | None,
-    weight: Tensor | None,
-    divergence: int,
-    first: float,
-    second: float,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    threshold: float,
-    ignore_index: int,
-    reduction: int,
-) -> Tensor:
-    label: Tensor | MixedTarget | None = target
-    if target is not None and partner is not None and share is not None:
-        label = MixedTarget(target, partner, share)
-    logits = student if student.dtype == torch.float64 else student.float()
-    loss = reference.kd_loss(
-        logits,
-        teacher,
-        label,
-        loss=next(name for name, number in _LOSSES.items() if number == divergence),
-        temperature=temperature,
-        alpha=alpha,
-        beta=first,
-        skew=first,
-        dkd_alpha=first,
-        dkd_beta=second,
-        threshold=threshold,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=next(name for name, number in _REDUCTIONS.items() if number == reduction),
-    )
-    (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
-    return gradient
+_kd_loss = torch.ops.fastscarce.kd_loss.default
+_kd_loss_topk = torch.ops.fastscarce.kd_loss_topk.default
 
 
 def kd_loss(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | TopK | MixedTopK | None,
     target: Tensor | MixedTarget | None = None,
     *,
     loss: str = "kl",
+    tail: str = "uniform",
     temperature: float = 1.0,
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -163,11 +61,17 @@ def kd_loss(
     Args:
         student: Logits, float32, bfloat16, float16 or float64, shape ``(rows, classes)``. Rows may
             be strided.
-        teacher: Logits of the same shape and device, of any of these dtypes; gets no gradient.
-            None: cross entropy alone.
+        teacher: Logits of the same shape and device, of any of these dtypes; or a :class:`TopK`, or
+            a :class:`MixedTopK`, at any temperature (loss ``"kl"`` only; of their classes alone is
+            read, no matrix is made). Gets no gradient. None: cross entropy alone.
         target: Class indices, int64, ``(rows,)``; or a :class:`MixedTarget`; or a dense label,
             floating point, ``(rows, classes)``. None: distillation alone.
         loss: Divergence of the distillation term, one of the names above.
+        tail: What a :class:`TopK` says of the classes it does not name. ``"uniform"``: each has an
+            equal share of the rest, as in TinyViT (Wu et al., ECCV 2022). ``"renorm"``: nothing;
+            the named classes have everything. ``"tail"``: together they have the rest, against the
+            student's sum over them. ``"support"``: nothing, and the student's softmax is over the
+            named classes too. A :class:`MixedTopK` takes the first two.
         temperature: ``T``, what both logits of the distillation term are divided by. Positive.
         alpha: Weight of the distillation term in 0 to 1; taken as 1 without ``target`` and as 0
             without ``teacher``.
@@ -175,7 +79,8 @@ def kd_loss(
         skew: Share of ``p`` in the mixture of ``"skew_kl"``, in 0 to 1, 1 left out.
         dkd_alpha: Weight of TCKD in ``"dkd"``, not negative.
         dkd_beta: Weight of NCKD in ``"dkd"``, not negative.
-        threshold: Rows whose largest ``p`` is below it have no distillation term, in 0 to 1. They
+        threshold: Rows whose largest ``p`` (of a :class:`MixedTopK`: the mean of both, weighted) is
+            below it have no distillation term, in 0 to 1. They
             count in the mean all the same, as in FixMatch.
         weight: Weight of each row, not negative, ``(rows,)``; rows of weight 0 are left out.
         label_smoothing: Share of the label spread evenly over all classes, in 0 to 1.
@@ -201,7 +106,7 @@ def kd_loss(
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015),
     section 2.
     """
-    if loss not in _LOSSES:
+    if loss not in LOSSES:
         raise ValueError(
             "kd_loss needs loss to be 'kl', 'reverse_kl', 'jsd', 'skew_kl', 'dkd' or "
             f"'logit_standard', got {loss!r}."
@@ -213,7 +118,7 @@ def kd_loss(
     first, second = _parameters(loss, beta, skew, dkd_alpha, dkd_beta)
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"kd_loss needs threshold in 0 to 1, got {threshold}.")
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(f"kd_loss needs reduction 'mean', 'sum' or 'none', got {reduction!r}.")
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"kd_loss needs a positive, finite temperature, got {temperature}.")
@@ -226,7 +131,7 @@ def kd_loss(
         if target is None:
             raise ValueError("kd_loss needs a teacher, a target or both, got neither.")
         alpha = 0.0
-    else:
+    elif isinstance(teacher, Tensor):
         teacher = _logits("teacher", teacher, student)
     partner = share = None
     if target is None:
@@ -247,34 +152,34 @@ def kd_loss(
     if weight is not None:
         weight = _column("weight", weight, student).to(torch.float32)
 
-    arguments = (
-        teacher,
-        target,
-        partner,
-        share,
-        weight,
-        _LOSSES[loss],
-        first,
-        second,
+    labels = (target, partner, share, weight)
+    numbers = (
         float(temperature),
         float(alpha),
         float(label_smoothing),
         float(threshold),
         ignore_index,
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
     )
+    arguments: tuple[object, ...]
+    if teacher is None or isinstance(teacher, Tensor):
+        operator = _kd_loss
+        arguments = (teacher, *labels, LOSSES[loss], first, second, *numbers)
+    else:
+        operator = _kd_loss_topk
+        arguments = (*_named(teacher, student, loss, tail), *labels, TAILS[tail], *numbers)
     with_gradient = student.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        traced: Tensor = _forward(student, *arguments, with_gradient)[0]
+        traced: Tensor = operator(student, *arguments, with_gradient)[0]
         return traced
     result: Tensor
     if with_gradient:
-        function = _Recomputed if gradient == "recompute" else _KDLoss
-        result = function.apply(student, *arguments)
+        function = Recomputed if gradient == "recompute" else InForward
+        result = function.apply(operator, student, *arguments)
     else:
-        result = _forward(student, *arguments, False)[0]
-    if target is not None and target.dtype == torch.int64 and not student.is_cuda:
-        _check_indices(result, (target, partner), student.shape[1], ignore_index)
+        result = operator(student, *arguments, False)[0]
+    if not student.is_cuda:
+        _check_indices(result, (target, partner), teacher, student.shape[1], ignore_index)
     return result
 
 
@@ -344,16 +249,58 @@ def _column(name: str, tensor: Tensor, student: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def _named(
+    teacher: TopK | MixedTopK, student: Tensor, loss: str, tail: str
+) -> tuple[Tensor | None, ...]:
+    """The operator's tensors of one TopK teacher or two."""
+    if loss != "kl":
+        raise ValueError(f"kd_loss needs loss 'kl' with a TopK teacher, got {loss!r}.")
+    if tail not in TAILS:
+        raise ValueError(
+            f"kd_loss needs tail 'uniform', 'renorm', 'tail' or 'support', got {tail!r}."
+        )
+    if isinstance(teacher, TopK):
+        return (*_topk_columns(teacher, student), None, None, None, None)
+    if tail not in ("uniform", "renorm"):
+        raise ValueError(
+            f"kd_loss needs tail 'uniform' or 'renorm' with a MixedTopK, got {tail!r}."
+        )
+    return (
+        *_topk_columns(teacher.a, student),
+        *_topk_columns(teacher.b, student),
+        teacher.lam.contiguous(),
+    )
+
+
+def _topk_columns(teacher: TopK, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    indices = teacher.indices
+    if len(teacher) != student.shape[0] or teacher.k > student.shape[1]:
+        raise ValueError(
+            f"kd_loss needs a TopK of {student.shape[0]} rows and at most {student.shape[1]} "
+            f"classes, as the student has, got {len(teacher)} rows and k = {teacher.k}."
+        )
+    if indices.device != student.device:
+        raise ValueError(
+            f"kd_loss needs student logits and teacher on one device, got {student.device} and "
+            f"{indices.device}."
+        )
+    return indices.contiguous(), teacher.log_probs.contiguous(), teacher.log_tail.contiguous()
+
+
 def _check_indices(
-    loss: Tensor, targets: tuple[Tensor | None, ...], classes: int, ignore_index: int
+    loss: Tensor,
+    targets: tuple[Tensor | None, ...],
+    teacher: Tensor | TopK | MixedTopK | None,
+    classes: int,
+    ignore_index: int,
 ) -> None:
-    """Names the first target outside the classes; the kernels make such a row NaN and go on."""
+    """Names the first index outside the classes; the kernels make such a row NaN and go on."""
     loss = loss.detach()
     # One number is read on its own: a kernel a call for it would show beside a small batch.
     if not (math.isnan(loss.item()) if loss.dim() == 0 else bool(torch.isnan(loss).any())):
         return
     for target in targets:
-        if target is None:
+        if target is None or target.dtype != torch.int64:
             continue
         outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
         if bool(outside.any()):
@@ -361,4 +308,15 @@ def _check_indices(
             raise ValueError(
                 f"kd_loss needs targets in 0 to {classes - 1} or {ignore_index}, got "
                 f"{int(target[row])} in row {row}."
+            )
+    both = (teacher.a, teacher.b) if isinstance(teacher, MixedTopK) else (teacher,)
+    for one in both:
+        if not isinstance(one, TopK):
+            continue
+        outside = (one.indices < 0) | (one.indices >= classes)
+        if bool(outside.any()):
+            row, place = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"kd_loss needs a teacher's indices in 0 to {classes - 1}, got "
+                f"{int(one.indices[row, place])} in row {row}."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastscarce.ops.kd import kd_loss
-from fastscarce.ops.targets import MixedTarget
+from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
 __all__ = ["KDLoss"]
 
@@ -21,6 +21,7 @@ class KDLoss(nn.Module):
         self,
         loss: str = "kl",
         *,
+        tail: str = "uniform",
         temperature: float = 1.0,
         alpha: float = 0.5,
         beta: float = 0.5,
@@ -35,6 +36,7 @@ class KDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = loss
+        self.tail = tail
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta
@@ -50,7 +52,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor | None,
+        teacher: Tensor | TopK | MixedTopK | None,
         target: Tensor | MixedTarget | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
@@ -61,6 +63,7 @@ class KDLoss(nn.Module):
             target,
             weight=weight,
             loss=self.loss,
+            tail=self.tail,
             temperature=self.temperature,
             alpha=self.alpha,
             beta=self.beta,

@@ -9,9 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastscarce.ops.targets import MixedTarget
+from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
-__all__ = ["dkd_rows", "kd_loss", "kl_rows", "label_rows", "mixture_rows", "standardised"]
+__all__ = [
+    "dkd_rows",
+    "kd_loss",
+    "kl_rows",
+    "label_rows",
+    "mixture_rows",
+    "standardised",
+    "topk_rows",
+]
 
 
 def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -90,6 +98,55 @@ def dkd_rows(
     return temperature**2 * (weights[0] * tckd + weights[1] * torch.where(some, nckd, 0))
 
 
+def _probabilities(teacher: TopK, student: Tensor, temperature: float, tail: str) -> Tensor:
+    """``softmax`` at T of a TopK teacher over all classes; 0 everywhere for one without mass."""
+    scaled = teacher.dense(student.shape[1]).to(student.dtype) / temperature
+    if tail in ("renorm", "support"):
+        named = torch.zeros_like(scaled, dtype=torch.bool).scatter(1, teacher.indices.long(), True)
+        scaled = torch.where(named, scaled, -torch.inf)
+    nothing = (scaled == -torch.inf).all(1, keepdim=True)
+    return torch.where(nothing, 0, torch.where(nothing, 0, scaled).softmax(1))
+
+
+def _entropy_terms(p: Tensor, log_q: Tensor) -> Tensor:
+    counts = p > 0
+    return torch.where(counts, p, 0) * -torch.where(counts, log_q, 0)
+
+
+def topk_rows(
+    student: Tensor, teacher: TopK | MixedTopK, temperature: float, tail: str
+) -> tuple[Tensor, Tensor]:
+    """``T**2`` times the divergence from a TopK teacher, and the teacher's confidence, a row each.
+
+    A mixture gives the cross entropy with the mixed probabilities.
+    """
+    log_q = (student / temperature).log_softmax(1)
+    if isinstance(teacher, MixedTopK):
+        lam = teacher.lam.to(student.dtype)[:, None]
+        p = lam * _probabilities(teacher.a, student, temperature, tail)
+        p = p + (1 - lam) * _probabilities(teacher.b, student, temperature, tail)
+        sure = [_probabilities(x, student, temperature, "uniform") for x in (teacher.a, teacher.b)]
+        confidence = lam[:, 0] * sure[0].amax(1) + (1 - lam[:, 0]) * sure[1].amax(1)
+        return temperature**2 * _entropy_terms(p, log_q).sum(1), confidence
+    sure_of = _probabilities(teacher, student, temperature, "uniform")
+    indices = teacher.indices.long()
+    p = _probabilities(teacher, student, temperature, tail)
+    if tail == "tail":
+        rest = torch.ones_like(p, dtype=torch.bool).scatter(1, indices, False)
+        bucket = torch.where(rest, p, 0).sum(1, keepdim=True)
+        if indices.shape[1] < p.shape[1]:
+            log_rest = torch.where(rest, log_q, -torch.inf).logsumexp(1, keepdim=True)
+        else:
+            log_rest = torch.zeros_like(bucket)
+        p = torch.cat([p.gather(1, indices), bucket], 1)
+        log_q = torch.cat([log_q.gather(1, indices), log_rest], 1)
+    elif tail == "support":
+        p = p.gather(1, indices)
+        log_q = (student.gather(1, indices) / temperature).log_softmax(1)
+    rows = _entropy_terms(p, log_q) - _entropy_terms(p, _log(p))
+    return temperature**2 * rows.sum(1), sure_of.gather(1, indices).amax(1)
+
+
 def label_rows(
     student: Tensor,
     target: Tensor | MixedTarget,
@@ -125,10 +182,11 @@ def label_rows(
 
 def kd_loss(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | TopK | MixedTopK | None,
     target: Tensor | MixedTarget | None = None,
     *,
     loss: str = "kl",
+    tail: str = "uniform",
     temperature: float = 1.0,
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -146,8 +204,12 @@ def kd_loss(
     weights = student.new_ones(rows) if weight is None else weight.to(student.dtype)
     distil = label = student.new_zeros(rows)
     distil_mass, label_mass = weights, student.new_zeros(rows)
-    if teacher is not None:
-        share = alpha if target is not None else 1.0
+    share = alpha if target is not None else 1.0
+    if isinstance(teacher, (TopK, MixedTopK)):
+        rows_of, confidence = topk_rows(student, teacher, temperature, tail)
+        sure = ~(confidence < threshold)
+        distil = share * weights * torch.where(sure, rows_of, torch.zeros_like(rows_of))
+    elif teacher is not None:
         teacher = teacher.to(student.dtype)
         seen = (standardised(student), standardised(teacher))
         if loss != "logit_standard":

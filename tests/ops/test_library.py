@@ -40,5 +40,12 @@ def test_cuda_library() -> None:
     if torch.version.cuda is None or status.startswith("not built"):
         pytest.skip(status)
     assert status == "loaded"
-    for name in ("kd_loss", "kd_loss_backward", "kd_loss_backward_"):
+    for name in (
+        "kd_loss",
+        "kd_loss_topk",
+        "kd_loss_backward",
+        "kd_loss_backward_",
+        "topk",
+        "confidence",
+    ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastscarce::{name}", "CUDA")

@@ -1,0 +1,50 @@
+// The largest logits of a row and how sure they are, on a CPU: calls and the kernels that carry
+// them out. A: float64 where the logits are, float32 otherwise.
+#pragma once
+
+#include <cstdint>
+
+#include "kd_loss.h"
+
+namespace fastscarce::cpu {
+
+struct TopKCall {
+  int64_t classes = 0, k = 0;
+  Matrix logits;
+  int32_t* indices = nullptr;  // (rows, k), by falling logit; equal logits by index
+  void* log_probs = nullptr;   // A (rows, k)
+  void* log_tail = nullptr;    // A (rows,): log of the mean probability of the other classes
+};
+
+struct ConfidenceCall {
+  int64_t classes = 0, no_answer = -100;
+  Matrix logits;
+  double threshold = 0, temperature = 1;
+  int64_t* label = nullptr;  // (rows,), like all that follow
+  void* confidence = nullptr;
+  void* margin = nullptr;
+  void* entropy = nullptr;
+  bool* mask = nullptr;
+};
+
+struct SelectionKernels {
+  void (*topk)(const TopKCall&, int64_t begin, int64_t end);
+  void (*confidence)(const ConfidenceCall&, int64_t begin, int64_t end);
+};
+
+namespace scalar {
+SelectionKernels selection_kernels(bool float64);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+SelectionKernels selection_kernels(bool float64);
+}
+namespace avx512 {
+SelectionKernels selection_kernels(bool float64);
+}
+namespace emulated {
+SelectionKernels selection_kernels(bool float64);
+}
+#endif
+
+}  // namespace fastscarce::cpu

@@ -1,0 +1,179 @@
+// The largest logits of a row, and how sure they are, one row at a time.
+//
+// topk takes the maxima of a few times k parts of the row; the k-th largest of them is no larger
+// than the k-th largest logit, and little more than k logits reach it. Those are collected, a
+// compare a vector, and sorted. The largest logit is then known, so one sweep of exponentials
+// follows, over the classes that were not chosen: their sum is made on its own, not as a
+// difference, and keeps its digits however small it is.
+//
+// Included after convert.inl, in the namespace of an instruction set.
+
+template <class V, class Exponential>
+struct Selection {
+  using A = typename V::Scalar;
+  static constexpr int64_t L = V::lanes;
+  static constexpr int64_t kPiece = 64 * L;  // longer sums are made of sums of this many, in double
+
+  struct Candidate {
+    A value;
+    int32_t index;
+    bool operator<(const Candidate& other) const {
+      return value > other.value || (value == other.value && index < other.index);
+    }
+  };
+
+  // The row in the arithmetic's own dtype.
+  static const A* whole_row(const Matrix& matrix, int64_t row, int64_t classes) {
+    static thread_local std::vector<A> memory;
+    if (matrix.dtype != dtype_of<A>() && int64_t(memory.size()) < classes)
+      memory.resize(size_t(classes));
+    return read_row<A>(matrix, row, 0, classes, memory.data());
+  }
+
+  // of(vector, place) of every vector of the row; the last one filled up with -inf.
+  template <class Of>
+  static void sweep(const A* x, int64_t from, int64_t to, Of of) {
+    int64_t i = from;
+    for (; i + L <= to; i += L) of(V::load(x + i), i);
+    if (i < to) of(V::load_part(x + i, to - i, A(-INFINITY)), i);
+  }
+
+  // A number below the k-th largest logit, close to it in a wide row.
+  static A lower_bound(const A* x, int64_t classes, int64_t k) {
+    const int64_t parts = (4 * k + L - 1) / L, size = classes / (parts * L) * L;
+    if (size < 2 * L) return A(-INFINITY);
+    static thread_local std::vector<A> tops;
+    tops.resize(size_t(parts * L));
+    for (int64_t part = 0; part < parts; ++part) {
+      V top(A(-INFINITY));
+      const A* const at = x + part * size;
+      for (int64_t i = 0; i < size; i += L) top = maximum(top, V::load(at + i));
+      top.store(tops.data() + part * L);
+    }
+    // NaN has no order: the sum of exponentials finds it later.
+    for (A& top : tops)
+      if (top != top) top = A(-INFINITY);
+    std::nth_element(tops.begin(), tops.begin() + (k - 1), tops.end(), std::greater<A>());
+    return std::nextafter(tops[size_t(k - 1)], A(-INFINITY));
+  }
+
+  // The k largest, in order. `found` holds more than k while the row is read.
+  static void choose(const A* x, int64_t classes, int64_t k, std::vector<Candidate>& found) {
+    const size_t keep = size_t(k), full = size_t(4 * k + 4 * L);
+    found.clear();
+    // Classes of -inf are not looked for: they fill up what is missing in the end.
+    A bound = lower_bound(x, classes, k);
+    sweep(x, 0, classes, [&](V v, int64_t i) {
+      for (uint32_t bits = above(v, V(bound)); bits; bits &= bits - 1) {
+        const int64_t at = i + __builtin_ctz(bits);
+        found.push_back({x[at], int32_t(at)});
+      }
+      if (found.size() >= full) {
+        std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
+        found.resize(keep);
+        bound = found.back().value;
+      }
+    });
+    if (found.size() > keep) {
+      std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
+      found.resize(keep);
+    }
+    std::sort(found.begin(), found.end());
+    if (found.size() == keep) return;
+    std::vector<bool> taken(size_t(classes), false);
+    for (const Candidate& one : found) taken[size_t(one.index)] = true;
+    for (int64_t i = 0; found.size() < keep; ++i)
+      if (!taken[size_t(i)]) found.push_back({x[i], int32_t(i)});  // -inf or NaN
+  }
+
+  static void topk(const TopKCall& call, int64_t begin, int64_t end) {
+    const Exponential exp_of(1.0);
+    static thread_local std::vector<Candidate> found;
+    for (int64_t row = begin; row < end; ++row) {
+      const A* const x = whole_row(call.logits, row, call.classes);
+      choose(x, call.classes, call.k, found);
+      const A last = found.back().value;
+      const A top = found.front().value == A(-INFINITY) ? A(0) : found.front().value;
+      const V shift(top), bound(last), one(A(1)), zero(A(0));
+      double rest = 0, equals = 0;
+      for (int64_t from = 0; from < call.classes && call.k < call.classes; from += kPiece) {
+        V sum = zero, same = zero;
+        sweep(x, from, std::min(from + kPiece, call.classes), [&](V v, int64_t) {
+          sum = sum + where_below(v, bound, exp_of(v - shift));
+          same = same + where_equal(v, bound, one);
+        });
+        rest += double(sum_of(sum));
+        equals += double(sum_of(same));
+      }
+      double chosen = 0;
+      for (int64_t from = 0; from < call.k; from += L) {
+        A part[L];
+        for (int64_t i = 0; i < L; ++i) {
+          part[i] = from + i < call.k ? found[size_t(from + i)].value : A(-INFINITY);
+          equals -= from + i < call.k && part[i] == last;
+        }
+        chosen += double(sum_of(exp_of(V::load(part) - shift)));
+      }
+      if (last != A(-INFINITY) && call.k < call.classes)
+        rest += equals * double(exponential(last - top));
+      const TopKRow<A> whole = finish_topk(top, A(chosen), A(rest), call.classes - call.k);
+      for (int64_t i = 0; i < call.k; ++i) {
+        call.indices[row * call.k + i] = found[size_t(i)].index;
+        static_cast<A*>(call.log_probs)[row * call.k + i] =
+            topk_log_prob(whole, found[size_t(i)].value);
+      }
+      static_cast<A*>(call.log_tail)[row] = whole.log_tail;
+    }
+  }
+
+  static void confidence(const ConfidenceCall& call, int64_t begin, int64_t end) {
+    const double rate = 1.0 / call.temperature;
+    const Exponential exp_of(rate);
+    const V lowest(A(-INFINITY)), zero(A(0));
+    for (int64_t row = begin; row < end; ++row) {
+      const A* const x = whole_row(call.logits, row, call.classes);
+      V first = lowest, second = lowest;
+      sweep(x, 0, call.classes, [&](V v, int64_t) {
+        second = maximum(second, minimum(first, v));
+        first = maximum(first, v);
+      });
+      A firsts[L], seconds[L], top = A(-INFINITY), next = A(-INFINITY);
+      first.store(firsts);
+      second.store(seconds);
+      for (int64_t i = 0; i < L; ++i) {
+        next = maximum(next, maximum(seconds[i], firsts[i] < top ? firsts[i] : top));
+        top = maximum(top, firsts[i]);
+      }
+      const V shift(top == A(-INFINITY) ? A(0) : top);
+      double sum = 0, dot = 0;
+      for (int64_t from = 0; from < call.classes; from += kPiece) {
+        V part = zero, part_dot = zero;
+        sweep(x, from, std::min(from + kPiece, call.classes), [&](V v, int64_t) {
+          const V e = exp_of(v - shift);
+          part = part + e;
+          part_dot = multiply_add(e, zero_unless(e, v - shift), part_dot);
+        });
+        sum += double(sum_of(part));
+        dot += double(sum_of(part_dot));
+      }
+      int64_t label = call.no_answer;
+      ConfidenceRow<A> out = {A(NAN), A(NAN), A(NAN)};
+      if (sum > 0) {  // not NaN, and some class is finite
+        const V wanted(top);
+        for (int64_t i = 0; label == call.no_answer && i < call.classes; i += L) {
+          const V v = i + L <= call.classes ? V::load(x + i)
+                                            : V::load_part(x + i, call.classes - i, A(-INFINITY));
+          if (const uint32_t bits = equal(v, wanted)) label = i + __builtin_ctz(bits);
+        }
+        out = finish_confidence(A(sum), exponential((next - top) * A(rate)), A(dot * rate));
+      }
+      call.label[row] = label;
+      static_cast<A*>(call.confidence)[row] = out.confidence;
+      static_cast<A*>(call.margin)[row] = out.margin;
+      static_cast<A*>(call.entropy)[row] = out.entropy;
+      call.mask[row] = out.confidence >= A(call.threshold);
+    }
+  }
+
+  static SelectionKernels kernels() { return {&topk, &confidence}; }
+};

@@ -1,0 +1,27 @@
+// What both back ends of topk and confidence do with their arguments before any kernel runs.
+#pragma once
+
+#include "kd_arguments.h"
+
+namespace fastscarce {
+
+// The label of a row without an answer: NaN logits, or none finite. The losses ignore it.
+constexpr int64_t kNoAnswer = -100;
+
+inline void check_logits(const Tensor& logits, const char* operation) {
+  check(logits.dim() == 2 && logits.size(1) > 0, operation, "(rows, classes) logits");
+  check(logits.size(1) == 1 || logits.stride(1) == 1, operation, "logits whose rows have no gaps");
+  check(logits.size(1) <= INT32_MAX, operation, "fewer than 2**31 classes");
+}
+
+inline void check_topk_arguments(const Tensor& logits, int64_t k) {
+  check_logits(logits, "topk");
+  check(k >= 1 && k <= logits.size(1), "topk", "k in 1 to classes");
+}
+
+inline void check_confidence_arguments(const Tensor& logits, double temperature) {
+  check_logits(logits, "confidence");
+  check(temperature > 0, "confidence", "a positive temperature");
+}
+
+}  // namespace fastscarce

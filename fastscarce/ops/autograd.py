@@ -1,0 +1,145 @@
+"""How the losses reach autograd: the gradient is made in the forward pass, or in the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastscarce import _ops  # noqa: F401  loads the kernels
+from fastscarce.ops import reference
+from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+
+__all__ = ["LOSSES", "REDUCTIONS", "TAILS", "InForward", "Recomputed"]
+
+# Names and the numbers that the operators know them by.
+LOSSES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3, "dkd": 4, "logit_standard": 5}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+TAILS = {"uniform": 0, "renorm": 1, "tail": 2, "support": 3}
+
+_backward = torch.ops.fastscarce.kd_loss_backward.default
+_backward_in_place = torch.ops.fastscarce.kd_loss_backward_.default
+
+
+def _always() -> bool:
+    return True
+
+
+# Whether the backward pass that runs now keeps its graph; where torch does not say, assume it does.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
+
+
+class InForward(torch.autograd.Function):
+    """``apply(operator, student, *arguments)``; fewer Python steps than the registered gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, student: Tensor, *arguments: Any) -> Tensor:
+        """The loss."""
+        loss: Tensor
+        loss, gradient, factor = operator(student, *arguments, True)
+        ctx.save_for_backward(gradient, factor)
+        ctx.others = len(arguments)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        """The student's gradient, and None for all else."""
+        gradient, factor = ctx.saved_tensors
+        upstream = upstream.contiguous()
+        if _keeps_graph():
+            # Another backward pass will read the stored gradient: leave it as it is.
+            return (None, _backward(gradient, factor, upstream), *(None,) * ctx.others)
+        # The last use of the stored gradient: hand it out, scaled where it lies. The kernel
+        # compares the scale with 1 on the device and then touches nothing.
+        _backward_in_place(gradient, factor, upstream)
+        return (None, gradient, *(None,) * ctx.others)
+
+
+class Recomputed(torch.autograd.Function):
+    """Keeps the arguments instead of the gradient, which the backward pass makes."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, student: Tensor, *arguments: Any) -> Tensor:
+        """The loss."""
+        numbers = next(i for i, x in enumerate(arguments) if isinstance(x, (int, float)))
+        ctx.save_for_backward(student, *arguments[:numbers])
+        ctx.operator, ctx.options, ctx.others = operator, arguments[numbers:], len(arguments)
+        loss: Tensor = operator(student, *arguments, False)[0]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        """The student's gradient, and None for all else."""
+        student, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted: autograd makes it, through the twin.
+            teacher, labels, options = _twin_arguments(tensors, ctx.options)
+            gradient = _twin_gradient(student, upstream, teacher, *labels, **options)
+        else:
+            _, gradient, factor = ctx.operator(student, *tensors, *ctx.options, True)
+            _backward_in_place(gradient, factor, upstream.contiguous())
+        return (None, gradient, *(None,) * ctx.others)
+
+
+def _name(names: dict[str, int], number: int) -> str:
+    return next(name for name, value in names.items() if value == number)
+
+
+def _twin_arguments(
+    tensors: list[Tensor | None], options: tuple[Any, ...]
+) -> tuple[Tensor | TopK | MixedTopK | None, list[Tensor | None], dict[str, Any]]:
+    """Teacher, label tensors and options of the twin, from the operator's arguments."""
+    if len(tensors) == 5:
+        teacher, *labels = tensors
+        divergence, first, second = options[:3]
+        found = {
+            "loss": _name(LOSSES, divergence),
+            "beta": first,
+            "skew": first,
+            "dkd_alpha": first,
+            "dkd_beta": second,
+        }
+        return teacher, labels, {**found, "numbers": options[3:]}
+    indices, log_probs, log_tail, *second_teacher, mix = tensors[:7]
+    first_teacher = (indices, log_probs, log_tail)
+    topk: TopK | MixedTopK = TopK(*first_teacher)  # type: ignore[arg-type]
+    if mix is not None:
+        topk = MixedTopK(topk, TopK(*second_teacher), mix)  # type: ignore[arg-type]
+    return topk, tensors[7:], {"tail": _name(TAILS, options[0]), "numbers": options[1:]}
+
+
+def _twin_gradient(
+    student: Tensor,
+    upstream: Tensor,
+    teacher: Tensor | TopK | MixedTopK | None,
+    target: Tensor | None,
+    partner: Tensor | None,
+    share: Tensor | None,
+    weight: Tensor | None,
+    *,
+    numbers: tuple[Any, ...],
+    **options: Any,
+) -> Tensor:
+    temperature, alpha, label_smoothing, threshold, ignore_index, reduction = numbers
+    label: Tensor | MixedTarget | None = target
+    if target is not None and partner is not None and share is not None:
+        label = MixedTarget(target, partner, share)
+    logits = student if student.dtype == torch.float64 else student.float()
+    loss = reference.kd_loss(
+        logits,
+        teacher,
+        label,
+        temperature=temperature,
+        alpha=alpha,
+        threshold=threshold,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=_name(REDUCTIONS, reduction),
+        **options,
+    )
+    (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
+    return gradient

@@ -1,0 +1,105 @@
+"""The largest classes of a row and how sure they are.
+
+Tables of a teacher's outputs and pseudo-labels are written from these.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastscarce import _ops  # noqa: F401  loads the kernels
+from fastscarce.ops.targets import TopK
+
+__all__ = ["Confidence", "confidence", "topk"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Chosen logits of a row are sorted in a GPU's shared memory.
+_MOST_ON_GPU = 2048
+
+_topk = torch.ops.fastscarce.topk.default
+_confidence = torch.ops.fastscarce.confidence.default
+
+
+class Confidence(NamedTuple):
+    """How sure each row is; every field has shape ``(rows,)``."""
+
+    label: Tensor
+    """Most probable class, int64, the lower one of equals; -100 for a row without an answer."""
+    confidence: Tensor
+    """Its probability, float32 (float64 for float64 logits)."""
+    margin: Tensor
+    """Its probability less that of the next class."""
+    entropy: Tensor
+    """Of the distribution, in nats."""
+    mask: Tensor
+    """Whether the confidence reaches the threshold, bool."""
+
+
+def topk(logits: Tensor, k: int) -> TopK:
+    """The ``k`` largest classes of each row, their log-probabilities, and what the others share.
+
+    Each logit is read from memory once. The rest is summed on its own, not as 1 less a sum, so a
+    tail far below the precision of 1 is still right. No gradient.
+
+    Args:
+        logits: float32, bfloat16, float16 or float64, shape ``(rows, classes)``.
+        k: Classes to keep, 1 to classes (on a GPU to 2048).
+
+    Returns:
+        :class:`TopK` with log-probabilities at T = 1 in float32 (float64 for float64 logits), by
+        falling logit, equal logits by rising class. A row of NaN or +inf has NaN log-probabilities
+        and tail; one without a finite logit has probability 0 everywhere.
+
+    Raises:
+        ValueError: Shape, dtype or ``k`` is none of these.
+    """
+    logits = _rows("topk", logits)
+    most = min(logits.shape[1], _MOST_ON_GPU) if logits.is_cuda else logits.shape[1]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+        raise ValueError(
+            f"topk needs k in 1 to {most} for logits of {logits.shape[1]} classes, got {k}."
+        )
+    return TopK(*_topk(logits, k))
+
+
+def confidence(logits: Tensor, threshold: float = 0.0, *, temperature: float = 1.0) -> Confidence:
+    """Label, confidence, margin and entropy of each row's ``softmax(logits / temperature)``.
+
+    Each logit is read from memory once. No gradient.
+
+    Args:
+        logits: float32, bfloat16, float16 or float64, shape ``(rows, classes)``.
+        threshold: Confidence from which a row's mask is set, in 0 to 1.
+        temperature: What the logits are divided by. Positive.
+
+    Returns:
+        :class:`Confidence`. A row with NaN or +inf, or without a finite logit, has no answer: label
+        -100 (which the losses ignore), NaN numbers, mask not set.
+
+    Raises:
+        ValueError: Shape or dtype do not fit, or a number is out of its range.
+    """
+    logits = _rows("confidence", logits)
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"confidence needs threshold in 0 to 1, got {threshold}.")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"confidence needs a positive, finite temperature, got {temperature}.")
+    return Confidence(*_confidence(logits, float(threshold), float(temperature)))
+
+
+def _rows(name: str, logits: Tensor) -> Tensor:
+    """A detached matrix whose rows lie without gaps."""
+    if logits.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name} needs logits in float32, bfloat16, float16 or float64, got {logits.dtype}."
+        )
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(
+            f"{name} needs logits of shape (rows, classes), classes at least 1, got "
+            f"{tuple(logits.shape)}."
+        )
+    logits = logits.detach()
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
