@@ -1,12 +1,13 @@
-"""kd_loss beside eager PyTorch and torch.compile: forward and backward, float32, two threads.
+"""kd_loss beside eager PyTorch, torch.compile and torchdistill: forward and backward, float32.
 
-Run ``python bench/bench_kd_loss.py`` for both tables: memory warm (glibc kept from returning freed
-memory to the system; every method profits) and as it comes. The methods take turns on the same
-tensors (A B C A B C ...), so that a busy moment of the machine falls on all of them; the table
-holds medians and the ratio of medians. GB/s counts the bytes that have to move: student and teacher
-read, gradient written, 12 a logit. ``python bench/plot_kd_loss.py`` draws the figure.
+Run ``python bench/bench_kd_loss.py`` for both tables, two threads each: memory warm (glibc kept
+from returning freed memory to the system; every method profits) and as it comes. The methods take
+turns on the same tensors (A B C A B C ...), so that a busy moment of the machine falls on all of
+them; the table holds medians and the ratio of medians. GB/s counts the bytes that have to move:
+student and teacher read, gradient written, 12 a logit. ``python bench/plot_kd_loss.py`` draws the
+figure. torchdistill comes with ``pip install -e .[bench]``.
 
-``pytest bench`` runs the same cases under pytest-benchmark.
+``pytest bench/bench_kd_loss.py`` runs the same cases under pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchdistill.losses.mid_level import KDLoss as TorchdistillKDLoss
 
 from fastscarce import _ops
 from fastscarce.ops import kd_loss
@@ -54,9 +58,23 @@ def eager(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     return ALPHA * TEMPERATURE**2 * distil + (1 - ALPHA) * F.cross_entropy(student, target)
 
 
+# Its alpha weighs the cross entropy.
+_torchdistill = TorchdistillKDLoss("", "output", "", "output", TEMPERATURE, alpha=1 - ALPHA)
+
+
+def torchdistill(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    loss: Tensor = _torchdistill({"": {"output": student}}, {"": {"output": teacher}}, target)
+    return loss
+
+
 def methods() -> dict[str, Loss]:
     torch._dynamo.reset()
-    return {"fastscarce": ours, "torch.compile": torch.compile(eager), "eager": eager}
+    return {
+        "fastscarce": ours,
+        "torch.compile": torch.compile(eager),
+        "eager": eager,
+        "torchdistill": torchdistill,
+    }
 
 
 def tensors(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,18 +116,17 @@ def measure(rows: int, classes: int, seconds: float) -> dict[str, Any]:
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    print(
-        f"\n{title}\n\n| N x C | fastscarce ms | GB/s | torch.compile ms | eager ms "
-        "| x compile | x eager |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    others = [name for name in rows[0]["milliseconds"] if name != "fastscarce"]
+    head = ["N x C", "fastscarce ms", "GB/s", *(f"{name} ms" for name in others)]
+    head += [f"x {name}" for name in others]
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for row in rows:
         ms, ratio = row["milliseconds"], row["ratio"]
-        print(
-            f"| {row['rows']} x {row['classes']} | {ms['fastscarce']:.2f} "
-            f"| {row['gigabytes_per_second']:.1f} | {ms['torch.compile']:.2f} | {ms['eager']:.2f} "
-            f"| {ratio['torch.compile']:.1f} | {ratio['eager']:.1f} |"
-        )
+        cells = [f"{row['rows']} x {row['classes']}", f"{ms['fastscarce']:.2f}"]
+        cells.append(f"{row['gigabytes_per_second']:.1f}")
+        cells += [f"{ms[name]:.2f}" for name in others]
+        cells += [f"{ratio[name]:.1f}" for name in others]
+        print(f"| {' | '.join(cells)} |")
 
 
 def processor() -> str:
@@ -121,20 +138,27 @@ def processor() -> str:
     return platform.processor()
 
 
+def shape(text: str) -> tuple[int, int]:
+    rows, classes = text.split("x")
+    return int(rows), int(classes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=15.0, help="per shape")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, help="ROWSxCLASSES ...")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of results")
     parser.add_argument("--measure", action="store_true", help="this process only, JSON to stdout")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     if arguments.measure:
-        print(json.dumps([measure(*shape, arguments.seconds) for shape in SHAPES]))
+        print(json.dumps([measure(*size, arguments.seconds) for size in arguments.shapes]))
         return
     tables = {}
     for name, variables in (("warm", WARM), ("as_it_comes", {})):
         clean = {k: v for k, v in os.environ.items() if k not in WARM}
         command = [sys.executable, __file__, "--measure", "--seconds", str(arguments.seconds)]
+        command += ["--shapes", *(f"{rows}x{classes}" for rows, classes in arguments.shapes)]
         done = subprocess.run(
             command, env={**clean, **variables}, stdout=subprocess.PIPE, check=True, text=True
         )
@@ -144,7 +168,7 @@ def main() -> None:
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": "python bench/bench_kd_loss.py",
+        "command": shlex.join(["python", "bench/bench_kd_loss.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -153,6 +177,7 @@ def main() -> None:
         "instruction_set": _ops.isa(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torchdistill": version("torchdistill"),
         "dtype": "float32",
         "temperature": TEMPERATURE,
         "alpha": ALPHA,
@@ -161,7 +186,7 @@ def main() -> None:
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-@pytest.mark.parametrize("method", ["fastscarce", "torch.compile", "eager"])
+@pytest.mark.parametrize("method", ["fastscarce", "torch.compile", "eager", "torchdistill"])
 @pytest.mark.parametrize(("rows", "classes"), SHAPES)
 @pytest.mark.filterwarnings("ignore")
 def test_kd_loss(benchmark: Any, rows: int, classes: int, method: str) -> None:

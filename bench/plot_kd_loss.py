@@ -11,7 +11,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {"fastscarce": "#0072b2", "torch.compile": "#e69f00", "eager": "#999999"}
+COLOURS = {
+    "fastscarce": "#0072b2",
+    "torch.compile": "#e69f00",
+    "eager": "#999999",
+    "torchdistill": "#009e73",
+}
 
 
 def _short(milliseconds: float) -> str:
@@ -24,10 +29,12 @@ def main() -> None:
     titles = {"warm": "memory warm", "as_it_comes": "memory as it comes"}
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
         rows = record[key]
-        for offset, (name, colour) in enumerate(COLOURS.items()):
-            places = [i + (offset - 1) * 0.27 for i in range(len(rows))]
+        names = [name for name in COLOURS if name in rows[0]["ratio"]]
+        width = 0.8 / len(names)
+        for offset, name in enumerate(names):
+            places = [i + (offset - (len(names) - 1) / 2) * width for i in range(len(rows))]
             ratios = [row["ratio"][name] for row in rows]
-            bars = panel.bar(places, ratios, 0.25, color=colour, label=name)
+            bars = panel.bar(places, ratios, 0.93 * width, color=COLOURS[name], label=name)
             labels = [_short(row["milliseconds"][name]) for row in rows]
             panel.bar_label(bars, labels, fontsize=8, padding=1)
         panel.set_xticks(range(len(rows)), [f"{r['rows']} x {r['classes']}" for r in rows])

@@ -62,7 +62,8 @@ inline void check_kd_arguments(const Tensor& student, const std::optional<Tensor
                                const std::optional<Tensor>& target,
                                const std::optional<Tensor>& partner,
                                const std::optional<Tensor>& share,
-                               const std::optional<Tensor>& weight, int64_t divergence) {
+                               const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& class_weight, int64_t divergence) {
   check(student.dim() == 2 && student.size(1) > 0, "kd_loss", "(rows, classes) student logits");
   const int64_t rows = student.size(0), classes = student.size(1);
   const auto same_device = [&](const Tensor& t) { return t.is_cuda() == student.is_cuda(); };
@@ -86,6 +87,11 @@ inline void check_kd_arguments(const Tensor& student, const std::optional<Tensor
   check(!share || is_column(*share, ScalarType::Float), "kd_loss", "float32 shares (rows,)");
   check(divergence >= kKl && divergence <= kLogitStandard, "kd_loss", "a divergence it knows");
   check(!weight || is_column(*weight, ScalarType::Float), "kd_loss", "float32 weights (rows,)");
+  check(!class_weight ||
+            (class_weight->dim() == 1 && class_weight->size(0) == classes &&
+             class_weight->is_contiguous() && class_weight->scalar_type() == ScalarType::Float &&
+             same_device(*class_weight) && index),
+        "kd_loss", "float32 class weights (classes,), with index targets");
 }
 
 inline void check_topk_teacher(const Tensor& student, const Tensor& indices,
@@ -120,6 +126,14 @@ inline void check_topk_mixture(const Tensor& student, const std::optional<Tensor
   check(mix->dim() == 1 && mix->size(0) == student.size(0) && mix->is_contiguous() &&
             mix->scalar_type() == ScalarType::Float && mix->is_cuda() == student.is_cuda(),
         "kd_loss_topk", "float32 mixture weights (rows,)");
+}
+
+inline void check_kd_gradient(const Tensor& student, const Tensor& gradient) {
+  check(gradient.dim() == 2 && gradient.size(0) == student.size(0) &&
+            gradient.size(1) == student.size(1) && gradient.is_contiguous() &&
+            gradient.scalar_type() == student.scalar_type() &&
+            gradient.is_cuda() == student.is_cuda(),
+        "kd_loss", "a contiguous gradient of the student's shape and dtype");
 }
 
 inline void check_kd_backward_arguments(const Tensor& gradient, const Tensor& factor,

@@ -5,17 +5,33 @@
 STABLE_TORCH_LIBRARY(fastscarce, m) {
   m.def("isa() -> str");
   m.def("set_isa(str name) -> str");
+  // distillation, label: weights of the two terms. `_out` writes the gradient where it is told to.
   m.def(
       "kd_loss(Tensor student, Tensor? teacher, Tensor? target, Tensor? partner, Tensor? share, "
-      "Tensor? weight, int divergence, float first, float second, float temperature, float alpha, "
-      "float label_smoothing, float threshold, int ignore_index, int reduction, "
-      "bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+      "Tensor? weight, Tensor? class_weight, int divergence, float first, float second, "
+      "float temperature, float distillation, float label, float label_smoothing, "
+      "float threshold, int ignore_index, int reduction, bool with_gradient) "
+      "-> (Tensor loss, Tensor gradient, Tensor factor)");
+  m.def(
+      "kd_loss_out(Tensor student, Tensor? teacher, Tensor? target, Tensor? partner, "
+      "Tensor? share, Tensor? weight, Tensor? class_weight, int divergence, float first, "
+      "float second, float temperature, float distillation, float label, float label_smoothing, "
+      "float threshold, int ignore_index, int reduction, Tensor(a!) gradient) "
+      "-> (Tensor loss, Tensor factor)");
   m.def(
       "kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail, "
       "Tensor? second_indices, Tensor? second_log_probs, Tensor? second_log_tail, Tensor? mix, "
-      "Tensor? target, Tensor? partner, Tensor? share, Tensor? weight, int tail_policy, "
-      "float temperature, float alpha, float label_smoothing, float threshold, int ignore_index, "
-      "int reduction, bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+      "Tensor? target, Tensor? partner, Tensor? share, Tensor? weight, Tensor? class_weight, "
+      "int tail_policy, float temperature, float distillation, float label, "
+      "float label_smoothing, float threshold, int ignore_index, int reduction, "
+      "bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+  m.def(
+      "kd_loss_topk_out(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail, "
+      "Tensor? second_indices, Tensor? second_log_probs, Tensor? second_log_tail, Tensor? mix, "
+      "Tensor? target, Tensor? partner, Tensor? share, Tensor? weight, Tensor? class_weight, "
+      "int tail_policy, float temperature, float distillation, float label, "
+      "float label_smoothing, float threshold, int ignore_index, int reduction, "
+      "Tensor(a!) gradient) -> (Tensor loss, Tensor factor)");
   m.def("topk(Tensor logits, int k) -> (Tensor indices, Tensor log_probs, Tensor log_tail)");
   m.def(
       "confidence(Tensor logits, float threshold, float temperature) -> (Tensor label, "

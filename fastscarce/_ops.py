@@ -101,11 +101,13 @@ def _kd_loss_fake(
     partner: Tensor | None,
     share: Tensor | None,
     weight: Tensor | None,
+    class_weight: Tensor | None,
     divergence: int,
     first: float,
     second: float,
     temperature: float,
-    alpha: float,
+    distillation: float,
+    label: float,
     label_smoothing: float,
     threshold: float,
     ignore_index: int,
@@ -139,9 +141,11 @@ def _kd_loss_topk_fake(
     partner: Tensor | None,
     share: Tensor | None,
     weight: Tensor | None,
+    class_weight: Tensor | None,
     tail_policy: int,
     temperature: float,
-    alpha: float,
+    distillation: float,
+    label: float,
     label_smoothing: float,
     threshold: float,
     ignore_index: int,
@@ -149,6 +153,60 @@ def _kd_loss_topk_fake(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _kd_results(student, reduction, with_gradient)
+
+
+@torch.library.register_fake("fastscarce::kd_loss_out")
+def _kd_loss_out_fake(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    partner: Tensor | None,
+    share: Tensor | None,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    divergence: int,
+    first: float,
+    second: float,
+    temperature: float,
+    distillation: float,
+    label: float,
+    label_smoothing: float,
+    threshold: float,
+    ignore_index: int,
+    reduction: int,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor]:
+    loss, _, factor = _kd_results(student, reduction, False)
+    return loss, factor
+
+
+@torch.library.register_fake("fastscarce::kd_loss_topk_out")
+def _kd_loss_topk_out_fake(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor,
+    second_indices: Tensor | None,
+    second_log_probs: Tensor | None,
+    second_log_tail: Tensor | None,
+    mix: Tensor | None,
+    target: Tensor | None,
+    partner: Tensor | None,
+    share: Tensor | None,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    tail_policy: int,
+    temperature: float,
+    distillation: float,
+    label: float,
+    label_smoothing: float,
+    threshold: float,
+    ignore_index: int,
+    reduction: int,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor]:
+    loss, _, factor = _kd_results(student, reduction, False)
+    return loss, factor
 
 
 @torch.library.register_fake("fastscarce::kd_loss_backward")

@@ -12,6 +12,7 @@ PACKAGES = [
     "fastscarce.data",
     "fastscarce.models",
     "fastscarce.ops",
+    "fastscarce.ops.converters",
     "fastscarce.pseudo",
     "fastscarce.report",
     "fastscarce.train",

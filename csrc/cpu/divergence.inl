@@ -82,8 +82,8 @@ struct Divergences {
       members.student[members.count] = r.student[index];
       members.teacher[members.count++] = r.teacher[index];
     };
-    take(label.first, label.first_share);
-    take(label.second, label.second_share);
+    take(label.first, label.first_part);
+    take(label.second, label.second_part);
     for (int i = 0; i < members.count; ++i)
       r.student[members.index[i]] = r.teacher[members.index[i]] = A(-INFINITY);
     return members;
@@ -283,6 +283,10 @@ struct Divergences {
   }
 
   static void rows(const KdCall& call, int64_t begin, int64_t end) {
+    if constexpr (L >= 8) {
+      if (call.classes <= kLaneClasses)
+        return DivergenceLanes<V, Exponential>::rows(call, begin, end);
+    }
     switch (call.divergence) {
       case kReverseKl:
         return all<kReverseKl>(call, begin, end);

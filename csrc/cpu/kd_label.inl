@@ -21,8 +21,9 @@ inline V power(V x) {
 }
 
 struct Label {
-  int64_t first = -1, second = -1;  // -1: none
-  double first_share = 0, second_share = 0;
+  int64_t first = -1, second = -1;           // -1: none
+  double first_share = 0, second_share = 0;  // times the weight of the class
+  double first_part = 0, second_part = 0;    // without it
   bool outside = false;
 };
 
@@ -30,23 +31,26 @@ inline Label label_of(const KdCall& call, int64_t row) {
   Label label;
   if (!call.target) return label;
   const double share = call.share ? double(call.share[row]) : 1.0;
-  const auto take = [&](int64_t index, double part, int64_t& place, double& place_share) {
+  const auto take = [&](int64_t index, double part, int64_t& place, double& place_share,
+                        double& place_part) {
     if (index == call.ignore_index) return;
     if (index < 0 || index >= call.classes) {
       label.outside = true;
       return;
     }
     place = index;
-    place_share = part;
+    place_part = part;
+    place_share = call.class_weight ? part * double(call.class_weight[index]) : part;
   };
-  take(call.target[row], share, label.first, label.first_share);
-  if (call.partner) take(call.partner[row], 1.0 - share, label.second, label.second_share);
+  take(call.target[row], share, label.first, label.first_share, label.first_part);
+  if (call.partner)
+    take(call.partner[row], 1.0 - share, label.second, label.second_share, label.second_part);
   return label;
 }
 
 inline KdTotals totals(const KdCall& call, int64_t begin, int64_t end) {
   KdTotals sum;
-  if (!call.weight && !call.share && call.target) {
+  if (!call.weight && !call.share && !call.class_weight && call.target) {
     int64_t labelled = 0;
     for (int64_t row = begin; row < end; ++row) labelled += call.target[row] != call.ignore_index;
     sum.weight = double(end - begin);
@@ -70,3 +74,5 @@ template <class V, class Exponential>
 struct TopKRows;  // kd_topk.inl: teachers of which the largest classes are known
 template <class V, class Exponential>
 struct Divergences;  // divergence.inl: other divergences than KL(p || q)
+template <class V, class Exponential>
+struct DivergenceLanes;  // divergence_lanes.inl: those, one row a lane

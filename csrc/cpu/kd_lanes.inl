@@ -35,23 +35,25 @@ struct Lanes {
   struct Labels {
     alignas(64) float first[kRows], second[kRows];  // classes; -1: none
     alignas(64) float first_share[kRows], second_share[kRows], weight[kRows];
-    uint64_t left_out, outside;  // a bit a row
+    alignas(64) float first_part[kRows], second_part[kRows];  // without class weights
+    uint64_t left_out, outside;                               // a bit a row
 
     Labels() {
       std::fill_n(second, kRows, -1.0f);
       std::fill_n(second_share, kRows, 0.0f);
+      std::fill_n(second_part, kRows, 0.0f);
     }
     void read(const KdCall& call, int64_t row, int64_t count) {
       left_out = outside = 0;
       const bool kd = call.kd_loss != 0, ce = call.ce_loss != 0;
-      if (call.target && !call.partner && !call.share && !call.weight) {
+      if (call.target && !call.partner && !call.share && !call.weight && !call.class_weight) {
         const uint64_t classes = uint64_t(call.classes);
         int64_t labelled = 0;
         for (int64_t i = 0; i < count; ++i) {
           const int64_t index = call.target[row + i];
           const bool inside = uint64_t(index) < classes && index != call.ignore_index;
           first[i] = float(inside ? int32_t(index) : -1);
-          first_share[i] = float(inside);
+          first_share[i] = first_part[i] = float(inside);
           labelled += inside;
         }
         if (labelled == count) return pad(count);
@@ -68,6 +70,8 @@ struct Lanes {
           second[i] = float(label.second);
           first_share[i] = float(label.first_share);
           second_share[i] = float(label.second_share);
+          first_part[i] = float(label.first_part);
+          second_part[i] = float(label.second_part);
           weight[i] = call.weight ? call.weight[row + i] : 1.0f;
           const bool named = call.soft.data || first_share[i] + second_share[i] != 0;
           const bool counts = weight[i] != 0 && (kd || (ce && named));
@@ -83,6 +87,7 @@ struct Lanes {
       for (int64_t i = count; i % L; ++i) {
         first[i] = second[i] = -1.0f;
         first_share[i] = second_share[i] = weight[i] = 0.0f;
+        first_part[i] = second_part[i] = 0.0f;
       }
     }
   };
@@ -111,6 +116,64 @@ struct Lanes {
     rows_to_lanes<V>(blocks.rows[0], kLaneClasses, classes, block, top);
   }
 
+  // -inf - (-inf) is NaN, any other difference from itself 0 or (for +inf) NaN as well, and a row
+  // with +inf is NaN in the end; so only -inf has to become 0.
+  static V finite(V top) { return select(maximum(top, V(-FLT_MAX)) - top, V(0.0f), top); }
+
+  // Sums over all logits that only label smoothing and dense labels want.
+  template <class Setup>
+  static void add_label_sums(const Setup& setup, const Blocks& b, KdStatistics<V>& s) {
+    const int64_t classes = setup.call.classes;
+    if (setup.smoothing)
+      for (int64_t c = 0; c < classes; ++c)
+        s.logit_sum = s.logit_sum + (V::load(b.student + c * L) - s.student_max);
+    if (setup.dense)
+      for (int64_t c = 0; c < classes; ++c) {
+        const V y = V::load(b.soft + c * L);
+        s.soft_mass = s.soft_mass + y;
+        s.soft_dot =
+            multiply_add(y, zero_unless(y, V::load(b.student + c * L) - s.student_max), s.soft_dot);
+      }
+  }
+
+  // first_dot, second_dot: the labels' logits less the row's maximum.
+  static KdWeights<V> weights_of(const KdCall& call, const Labels& labels, int64_t at, V first_dot,
+                                 V second_dot) {
+    const V first_share = V::load(labels.first_share + at);
+    const V second_share = V::load(labels.second_share + at);
+    KdWeights<V> w = {V(float(call.kd_loss)),
+                      V(float(call.ce_loss)),
+                      V(float(call.kd_gradient)),
+                      V(float(call.ce_gradient)),
+                      first_share + second_share,
+                      first_share * zero_unless(first_share, first_dot) +
+                          second_share * zero_unless(second_share, second_dot)};
+    if (call.weight) {
+      const V by = V::load(labels.weight + at);
+      w.kd_loss = w.kd_loss * by;
+      w.ce_loss = w.ce_loss * by;
+      w.kd_gradient = w.kd_gradient * by;
+      w.ce_gradient = w.ce_gradient * by;
+    }
+    return w;
+  }
+
+  static void store_losses(const KdCall& call, int64_t row, int64_t count, V loss) {
+    float* const losses = static_cast<float*>(call.losses) + row;
+    if (count == L)
+      loss.store(losses);
+    else
+      loss.store_part(losses, count);
+  }
+
+  // Overwrites losses and gradients.
+  static void leave_out(const KdCall& call, int64_t row, int64_t count, const Labels& labels,
+                        int64_t at) {
+    const uint64_t left_out = labels.left_out >> at;
+    for (int64_t i = 0; left_out && i < count; ++i)
+      if (left_out >> i & 1) Body::leave_out(call, row + i, labels.outside >> (at + i) & 1);
+  }
+
   template <int Power, bool Teacher, bool Keep, class Setup>
   static void block(const Setup& setup, int64_t row, int64_t count, const Labels& labels,
                     int64_t at, Blocks& b) {
@@ -125,10 +188,8 @@ struct Lanes {
     const V student_top = V::load(student_tops);
     const V teacher_top = Teacher ? V::load(teacher_tops) : lowest;
     KdStatistics<V> s = kd_empty(zero);
-    // -inf - (-inf) is NaN, any other difference from itself 0 or (for +inf) NaN as well, and a row
-    // with +inf is NaN in the end; so only -inf has to become 0.
-    s.student_max = select(maximum(student_top, V(-FLT_MAX)) - student_top, zero, student_top);
-    s.teacher_max = select(maximum(teacher_top, V(-FLT_MAX)) - teacher_top, zero, teacher_top);
+    s.student_max = finite(student_top);
+    s.teacher_max = finite(teacher_top);
     s.count = V(float(classes));
     const Exponential student_exp = setup.student_exp, label_exp = setup.label_exp;
     // The label's own logit is picked by comparing, a vector an index: numbers that are stored one
@@ -163,39 +224,12 @@ struct Lanes {
         if constexpr (Keep) p.store(b.teacher_exp + c * L);
       }
     if constexpr (Power == 1) s.label_sum = s.student_sum;
-    if (setup.smoothing)
-      for (int64_t c = 0; c < classes; ++c)
-        s.logit_sum = s.logit_sum + (V::load(b.student + c * L) - s.student_max);
-    if (setup.dense)
-      for (int64_t c = 0; c < classes; ++c) {
-        const V y = V::load(b.soft + c * L);
-        s.soft_mass = s.soft_mass + y;
-        s.soft_dot =
-            multiply_add(y, zero_unless(y, V::load(b.student + c * L) - s.student_max), s.soft_dot);
-      }
-
-    KdWeights<V> w = {V(float(call.kd_loss)),
-                      V(float(call.ce_loss)),
-                      V(float(call.kd_gradient)),
-                      V(float(call.ce_gradient)),
-                      first_share + second_share,
-                      first_share * zero_unless(first_share, first_dot) +
-                          second_share * zero_unless(second_share, second_dot)};
-    if (call.weight) {
-      const V by = V::load(labels.weight + at);
-      w.kd_loss = w.kd_loss * by;
-      w.ce_loss = w.ce_loss * by;
-      w.kd_gradient = w.kd_gradient * by;
-      w.ce_gradient = w.ce_gradient * by;
-    }
+    add_label_sums(setup, b, s);
+    const KdWeights<V> w = weights_of(call, labels, at, first_dot, second_dot);
     const KdCoefficients<V> k =
         kd_finish(s, w, V(setup.inverse_temperature), V(float(call.label_smoothing)),
                   V(setup.inverse_classes), V(float(call.threshold)), setup.dense);
-    float* const losses = static_cast<float*>(call.losses) + row;
-    if (count == L)
-      k.loss.store(losses);
-    else
-      k.loss.store_part(losses, count);
+    store_losses(call, row, count, k.loss);
 
     if constexpr (Keep) {
       const V first_hard = k.hard * first_share, second_hard = k.hard * second_share;
@@ -215,9 +249,7 @@ struct Lanes {
       }
       store(call, row, count, b);
     }
-    const uint64_t left_out = labels.left_out >> at;
-    for (int64_t i = 0; left_out && i < count; ++i)
-      if (left_out >> i & 1) Body::leave_out(call, row + i, labels.outside >> (at + i) & 1);
+    leave_out(call, row, count, labels, at);
   }
 
   static void store(const KdCall& call, int64_t row, int64_t count, Blocks& b) {
@@ -234,6 +266,19 @@ struct Lanes {
                classes);
   }
 
+  // of(row, count, labels, at, blocks) for every L rows; `at` is their place in `labels`.
+  template <class Of>
+  static void each_block(const KdCall& call, int64_t begin, int64_t end, Of of) {
+    Blocks blocks;
+    Labels labels;
+    for (int64_t from = begin; from < end; from += kRows) {
+      const int64_t to = std::min(from + kRows, end);
+      labels.read(call, from, to - from);
+      for (int64_t row = from; row < to; row += L)
+        of(row, std::min(L, to - row), labels, row - from, blocks);
+    }
+  }
+
   static void rows(const KdCall& call, int64_t begin, int64_t end) {
     const typename Body::Setup setup(call);
     if (!setup.teacher && !setup.label) {
@@ -247,13 +292,9 @@ struct Lanes {
       if (setup.keep) return &block<Power, Teacher, true, typename Body::Setup>;
       return &block<Power, Teacher, false, typename Body::Setup>;
     });
-    Blocks blocks;
-    Labels labels;
-    for (int64_t from = begin; from < end; from += kRows) {
-      const int64_t to = std::min(from + kRows, end);
-      labels.read(call, from, to - from);
-      for (int64_t row = from; row < to; row += L)
-        function(setup, row, std::min(L, to - row), labels, row - from, blocks);
-    }
+    each_block(call, begin, end,
+               [&](int64_t row, int64_t count, const Labels& labels, int64_t at, Blocks& b) {
+                 function(setup, row, count, labels, at, b);
+               });
   }
 };

@@ -71,15 +71,14 @@ double sum_of_losses(const A* losses, int64_t rows) {
 
 void run_rows(const KdCall& call, const KdKernels& run) {
   const int64_t threads = torch::stable::get_num_threads();
-  const bool named = call.named_count != 0 && call.kd_loss != 0;
-  if (named || (call.divergence != kKl && call.kd_loss != 0)) {
+  if (call.named_count != 0 && call.kd_loss != 0) {
     const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / (4 * call.classes));
-    torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
-      (named ? run.topk : run.divergences)(call, begin, end);
-    });
+    torch::stable::parallel_for(0, call.rows, grain,
+                                [&](int64_t begin, int64_t end) { run.topk(call, begin, end); });
     return;
   }
-  if (call.rows < threads && call.classes >= kWideRow) {
+  const bool kl = call.divergence == kKl || call.kd_loss == 0;
+  if (kl && call.rows < threads && call.classes >= kWideRow) {
     const int64_t parts = threads;
     std::vector<double> workspace(size_t(run.workspace_bytes(call, parts) / 8 + 1));
     const int64_t items = call.rows * parts;
@@ -96,9 +95,11 @@ void run_rows(const KdCall& call, const KdKernels& run) {
   const bool lanes = call.classes <= 64;
   const int64_t unit = lanes ? block : 1;
   const int64_t units = (call.rows + unit - 1) / unit;
-  const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / (unit * call.classes));
+  const int64_t logits = kl ? kLogitsPerThread : kLogitsPerThread / (lanes ? 2 : 4);
+  const int64_t grain = std::max<int64_t>(1, logits / (unit * call.classes));
+  const auto of = kl ? run.rows : run.divergences;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    run.rows(call, begin * unit, std::min(call.rows, end * unit));
+    of(call, begin * unit, std::min(call.rows, end * unit));
   });
 }
 
@@ -106,7 +107,7 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 
 // What every loss takes beside its teacher.
 struct LabelArguments {
-  const std::optional<Tensor>&target, &partner, &share, &weight;
+  const std::optional<Tensor>&target, &partner, &share, &weight, &class_weight;
   double label_smoothing;
   int64_t ignore_index;
 };
@@ -127,12 +128,15 @@ KdCall call_of(const Tensor& student, const LabelArguments& label, double temper
     call.soft = matrix_of(*label.target, "kd_loss");
   if (label.partner) call.partner = static_cast<const int64_t*>(label.partner->const_data_ptr());
   if (label.share) call.share = static_cast<const float*>(label.share->const_data_ptr());
+  if (label.class_weight)
+    call.class_weight = static_cast<const float*>(label.class_weight->const_data_ptr());
   if (label.weight) call.weight = static_cast<const float*>(label.weight->const_data_ptr());
   return call;
 }
 
-Result run_call(KdCall& call, const Tensor& student, double alpha, int64_t reduction,
-                bool with_gradient) {
+// `into`: where the gradient goes; none is made without it and `with_gradient`.
+Result run_call(KdCall& call, const Tensor& student, double distillation, double label,
+                int64_t reduction, bool with_gradient, std::optional<Tensor> into) {
   const bool float64 = call.student.dtype == Dtype::float64;
   const bool float16 = call.student.dtype != Dtype::float32 && !float64;
   const KdKernels run = kernels(call.student.dtype);
@@ -141,21 +145,21 @@ Result run_call(KdCall& call, const Tensor& student, double alpha, int64_t reduc
           ? sum_of_pieces<KdTotals>(
                 call.rows, [&](int64_t begin, int64_t end) { return run.totals(call, begin, end); })
           : KdTotals{};
-  const KdFactors factors =
-      kd_factors(call.teacher.data || call.named_count, call.target || call.soft.data,
-                 call.temperature, alpha, reduction, float16, totals.weight, totals.label);
+  const KdFactors factors = kd_factors(
+      call.teacher.data || call.named_count, call.target || call.soft.data, call.temperature,
+      distillation, label, reduction, float16, totals.weight, totals.label);
   call.kd_loss = factors.kd_loss;
   call.ce_loss = factors.ce_loss;
   call.kd_gradient = factors.kd_gradient;
   call.ce_gradient = factors.ce_gradient;
 
   const ScalarType loss_type = float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor gradient = empty_of(student, with_gradient ? call.rows : 0, call.classes);
+  Tensor gradient = into ? *into : empty_of(student, with_gradient ? call.rows : 0, call.classes);
   const int64_t bytes = call.rows * call.classes * int64_t(gradient.element_size());
   if (with_gradient && bytes > 0) {
     call.gradient = gradient.mutable_data_ptr();
     call.stream = bytes >= kStreamBytes;
-    ask_for_huge_pages(call.gradient, bytes);
+    if (!into) ask_for_huge_pages(call.gradient, bytes);
   }
   Tensor losses = empty_of(student, call.rows, -1, loss_type);
   call.losses = losses.mutable_data_ptr();
@@ -171,19 +175,46 @@ Result run_call(KdCall& call, const Tensor& student, double alpha, int64_t reduc
   return {loss, gradient, factor};
 }
 
-Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
-               std::optional<Tensor> partner, std::optional<Tensor> share,
-               std::optional<Tensor> weight, int64_t divergence, double first, double second,
-               double temperature, double alpha, double label_smoothing, double threshold,
-               int64_t ignore_index, int64_t reduction, bool with_gradient) {
-  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
-  KdCall call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
-                        temperature, threshold);
+Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
+                  const LabelArguments& labels, int64_t divergence, double first, double second,
+                  double temperature, double distillation, double label, double threshold,
+                  int64_t reduction, bool with_gradient, std::optional<Tensor> into) {
+  check_kd_arguments(student, teacher, labels.target, labels.partner, labels.share, labels.weight,
+                     labels.class_weight, divergence);
+  KdCall call = call_of(student, labels, temperature, threshold);
   call.divergence = divergence;
   call.first = first;
   call.second = second;
   if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
-  return run_call(call, student, alpha, reduction, with_gradient);
+  return run_call(call, student, distillation, label, reduction, with_gradient, into);
+}
+
+Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
+               std::optional<Tensor> partner, std::optional<Tensor> share,
+               std::optional<Tensor> weight, std::optional<Tensor> class_weight, int64_t divergence,
+               double first, double second, double temperature, double distillation, double label,
+               double label_smoothing, double threshold, int64_t ignore_index, int64_t reduction,
+               bool with_gradient) {
+  return dense_loss(student, teacher,
+                    {target, partner, share, weight, class_weight, label_smoothing, ignore_index},
+                    divergence, first, second, temperature, distillation, label, threshold,
+                    reduction, with_gradient, {});
+}
+
+std::tuple<Tensor, Tensor> kd_loss_out(Tensor student, std::optional<Tensor> teacher,
+                                       std::optional<Tensor> target, std::optional<Tensor> partner,
+                                       std::optional<Tensor> share, std::optional<Tensor> weight,
+                                       std::optional<Tensor> class_weight, int64_t divergence,
+                                       double first, double second, double temperature,
+                                       double distillation, double label, double label_smoothing,
+                                       double threshold, int64_t ignore_index, int64_t reduction,
+                                       Tensor gradient) {
+  check_kd_gradient(student, gradient);
+  const auto [loss, same, factor] = dense_loss(
+      student, teacher,
+      {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, divergence,
+      first, second, temperature, distillation, label, threshold, reduction, true, gradient);
+  return {loss, factor};
 }
 
 TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
@@ -193,27 +224,63 @@ TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor
           {log_tail.const_data_ptr(), 1, dtype_of(log_tail, "kd_loss_topk")}};
 }
 
+struct TopKArguments {
+  const Tensor &indices, &log_probs, &log_tail;
+  const std::optional<Tensor>&second_indices, &second_log_probs, &second_log_tail, &mix;
+};
+
+Result topk_loss(const Tensor& student, const TopKArguments& teacher, const LabelArguments& labels,
+                 int64_t tail_policy, double temperature, double distillation, double label,
+                 double threshold, int64_t reduction, bool with_gradient,
+                 std::optional<Tensor> into) {
+  check_kd_arguments(student, {}, labels.target, labels.partner, labels.share, labels.weight,
+                     labels.class_weight, kKl);
+  check_topk_teacher(student, teacher.indices, teacher.log_probs, teacher.log_tail);
+  check_topk_mixture(student, teacher.second_indices, teacher.second_log_probs,
+                     teacher.second_log_tail, teacher.mix, tail_policy);
+  KdCall call = call_of(student, labels, temperature, threshold);
+  call.tail_policy = int(tail_policy);
+  call.named[0] = topk_of(teacher.indices, teacher.log_probs, teacher.log_tail);
+  call.named_count = 1;
+  if (teacher.mix) {
+    call.named[1] =
+        topk_of(*teacher.second_indices, *teacher.second_log_probs, *teacher.second_log_tail);
+    call.named_count = 2;
+    call.mix = static_cast<const float*>(teacher.mix->const_data_ptr());
+  }
+  return run_call(call, student, distillation, label, reduction, with_gradient, into);
+}
+
 Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
                     std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
                     std::optional<Tensor> second_log_tail, std::optional<Tensor> mix,
                     std::optional<Tensor> target, std::optional<Tensor> partner,
-                    std::optional<Tensor> share, std::optional<Tensor> weight, int64_t tail_policy,
-                    double temperature, double alpha, double label_smoothing, double threshold,
+                    std::optional<Tensor> share, std::optional<Tensor> weight,
+                    std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
+                    double distillation, double label, double label_smoothing, double threshold,
                     int64_t ignore_index, int64_t reduction, bool with_gradient) {
-  check_kd_arguments(student, {}, target, partner, share, weight, kKl);
-  check_topk_teacher(student, indices, log_probs, log_tail);
-  check_topk_mixture(student, second_indices, second_log_probs, second_log_tail, mix, tail_policy);
-  KdCall call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
-                        temperature, threshold);
-  call.tail_policy = int(tail_policy);
-  call.named[0] = topk_of(indices, log_probs, log_tail);
-  call.named_count = 1;
-  if (mix) {
-    call.named[1] = topk_of(*second_indices, *second_log_probs, *second_log_tail);
-    call.named_count = 2;
-    call.mix = static_cast<const float*>(mix->const_data_ptr());
-  }
-  return run_call(call, student, alpha, reduction, with_gradient);
+  return topk_loss(
+      student,
+      {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
+      {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
+      temperature, distillation, label, threshold, reduction, with_gradient, {});
+}
+
+std::tuple<Tensor, Tensor> kd_loss_topk_out(
+    Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
+    std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
+    std::optional<Tensor> second_log_tail, std::optional<Tensor> mix, std::optional<Tensor> target,
+    std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
+    std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
+    double distillation, double label, double label_smoothing, double threshold,
+    int64_t ignore_index, int64_t reduction, Tensor gradient) {
+  check_kd_gradient(student, gradient);
+  const auto [loss, same, factor] = topk_loss(
+      student,
+      {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
+      {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
+      temperature, distillation, label, threshold, reduction, true, gradient);
+  return {loss, factor};
 }
 
 double read_scalar(const Tensor& tensor) {
@@ -259,6 +326,8 @@ void kd_loss_backward_in_place(Tensor gradient, Tensor factor, Tensor upstream) 
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, CPU, m) {
   m.impl("kd_loss", TORCH_BOX(&fastscarce::cpu::kd_loss));
   m.impl("kd_loss_topk", TORCH_BOX(&fastscarce::cpu::kd_loss_topk));
+  m.impl("kd_loss_out", TORCH_BOX(&fastscarce::cpu::kd_loss_out));
+  m.impl("kd_loss_topk_out", TORCH_BOX(&fastscarce::cpu::kd_loss_topk_out));
   m.impl("kd_loss_backward", TORCH_BOX(&fastscarce::cpu::kd_loss_backward));
   m.impl("kd_loss_backward_", TORCH_BOX(&fastscarce::cpu::kd_loss_backward_in_place));
 }

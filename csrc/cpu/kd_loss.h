@@ -38,6 +38,7 @@ struct KdCall {
   const int64_t* partner = nullptr;
   const float* share = nullptr;
   const float* weight = nullptr;
+  const float* class_weight = nullptr;  // (classes,): multiplies index labels
   int64_t ignore_index = -100;
   double temperature = 1, label_smoothing = 0;
   double threshold = 0;  // rows whose teacher is less confident have no distillation term

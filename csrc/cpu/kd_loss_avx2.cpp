@@ -38,6 +38,7 @@ namespace fastscarce::cpu::avx2 {
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
 #include "divergence.inl"
+#include "divergence_lanes.inl"
 #include "kd_topk.inl"
 #include "selection.inl"
 // clang-format on

@@ -42,6 +42,7 @@ namespace half {
 #include "kd_lanes.inl"
 #include "kd_loss.inl"
 #include "divergence.inl"
+#include "divergence_lanes.inl"
 #include "kd_topk.inl"
 #include "selection.inl"
 // clang-format on

@@ -42,6 +42,7 @@ inline Vec select(Vec condition, Vec a, Vec b) {
 inline Vec zero_unless(Vec condition, Vec a) {
   return _mm256_and_ps(_mm256_cmp_ps(condition.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), a.v);
 }
+inline Vec root(Vec a) { return _mm256_sqrt_ps(a.v); }
 // `a` where x and y are equal, else 0.
 inline Vec where_equal(Vec x, Vec y, Vec a) {
   return _mm256_and_ps(_mm256_cmp_ps(x.v, y.v, _CMP_EQ_OQ), a.v);

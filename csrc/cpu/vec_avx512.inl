@@ -40,6 +40,7 @@ inline Vec zero_unless(Vec condition, Vec a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
                              a.v);
 }
+inline Vec root(Vec a) { return _mm512_sqrt_ps(a.v); }
 // `a` where x and y are equal, else 0.
 inline Vec where_equal(Vec x, Vec y, Vec a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ), a.v);

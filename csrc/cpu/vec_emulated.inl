@@ -52,6 +52,7 @@ inline Vec select(Vec condition, Vec a, Vec b) {
 inline Vec zero_unless(Vec condition, Vec a) {
   return {zero_unless(condition.low, a.low), zero_unless(condition.high, a.high)};
 }
+inline Vec root(Vec a) { return {root(a.low), root(a.high)}; }
 inline Vec where_equal(Vec x, Vec y, Vec a) {
   return {where_equal(x.low, y.low, a.low), where_equal(x.high, y.high, a.high)};
 }

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const Call call) {
     int64_t members[2] = {-1, -1};
     int count = 0;
     if constexpr (Name == kDkd) {
-      if (label.first >= 0 && label.first_share != 0) members[count++] = label.first;
-      if (label.second >= 0 && label.second_share != 0 && label.second != members[0])
+      if (label.first >= 0 && label.first_part != 0) members[count++] = label.first;
+      if (label.second >= 0 && label.second_part != 0 && label.second != members[0])
         members[count++] = label.second;
     }
     const auto apart = [&](int64_t i) {

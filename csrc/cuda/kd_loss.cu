@@ -46,8 +46,9 @@ struct Call {
   const int64_t* partner;
   const float* share;
   const float* weight;
+  const float* class_weight;  // multiplies index labels
   int64_t ignore_index, reduction;
-  double temperature, alpha, label_smoothing, threshold;
+  double temperature, distillation, label, label_smoothing, threshold;
   int64_t divergence;
   double first, second;
   TopKTeacher named[2];  // instead of `teacher`
@@ -59,29 +60,33 @@ struct Call {
 };
 
 struct Label {
-  int64_t first = -1, second = -1;  // -1: none
-  double first_share = 0, second_share = 0;
+  int64_t first = -1, second = -1;           // -1: none
+  double first_share = 0, second_share = 0;  // times the weight of the class
+  double first_part = 0, second_part = 0;    // without it
   bool outside = false;
 };
 
 __device__ inline void take(const Call& call, int64_t index, double part, int64_t& place,
-                            double& share, bool& outside) {
+                            double& share, double& whole, bool& outside) {
   if (index == call.ignore_index) return;
   if (index < 0 || index >= call.classes) {
     outside = true;
     return;
   }
   place = index;
-  share = part;
+  whole = part;
+  share = call.class_weight ? part * double(call.class_weight[index]) : part;
 }
 
 __device__ inline Label label_of(const Call& call, int64_t row) {
   Label label;
   if (!call.target) return label;
   const double share = call.share ? double(call.share[row]) : 1.0;
-  take(call, call.target[row], share, label.first, label.first_share, label.outside);
+  take(call, call.target[row], share, label.first, label.first_share, label.first_part,
+       label.outside);
   if (call.partner)
-    take(call, call.partner[row], 1.0 - share, label.second, label.second_share, label.outside);
+    take(call, call.partner[row], 1.0 - share, label.second, label.second_share, label.second_part,
+         label.outside);
   return label;
 }
 
@@ -118,7 +123,7 @@ __global__ void kd_factors_kernel(Call call, bool float16, A* factor) {
     *call.factors =
         kd_factors(call.teacher.data != nullptr || call.named_count != 0,
                    call.target != nullptr || call.soft.data != nullptr, call.temperature,
-                   call.alpha, call.reduction, float16, weights, labels);
+                   call.distillation, call.label, call.reduction, float16, weights, labels);
     *factor = A(call.factors->factor);
   }
 }
@@ -335,37 +340,41 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 
 // What every loss takes beside its teacher.
 struct LabelArguments {
-  const std::optional<Tensor>&target, &partner, &share, &weight;
+  const std::optional<Tensor>&target, &partner, &share, &weight, &class_weight;
   double label_smoothing;
   int64_t ignore_index;
 };
 
-Call call_of(const Tensor& student, const LabelArguments& label, double temperature, double alpha,
-             double threshold, int64_t reduction) {
+Call call_of(const Tensor& student, const LabelArguments& labels, double temperature,
+             double distillation, double label, double threshold, int64_t reduction) {
   Call call{};
   call.rows = student.size(0);
   call.classes = student.size(1);
   call.student = matrix_of(student, "kd_loss");
   call.temperature = temperature;
-  call.alpha = alpha;
+  call.distillation = distillation;
+  call.label = label;
   call.threshold = threshold;
   call.reduction = reduction;
-  call.label_smoothing = label.label_smoothing;
-  call.ignore_index = label.ignore_index;
-  if (label.target && label.target->scalar_type() == ScalarType::Long)
-    call.target = static_cast<const int64_t*>(label.target->const_data_ptr());
-  else if (label.target)
-    call.soft = matrix_of(*label.target, "kd_loss");
-  if (label.partner) call.partner = static_cast<const int64_t*>(label.partner->const_data_ptr());
-  if (label.share) call.share = static_cast<const float*>(label.share->const_data_ptr());
-  if (label.weight) call.weight = static_cast<const float*>(label.weight->const_data_ptr());
+  call.label_smoothing = labels.label_smoothing;
+  call.ignore_index = labels.ignore_index;
+  if (labels.target && labels.target->scalar_type() == ScalarType::Long)
+    call.target = static_cast<const int64_t*>(labels.target->const_data_ptr());
+  else if (labels.target)
+    call.soft = matrix_of(*labels.target, "kd_loss");
+  if (labels.partner) call.partner = static_cast<const int64_t*>(labels.partner->const_data_ptr());
+  if (labels.share) call.share = static_cast<const float*>(labels.share->const_data_ptr());
+  if (labels.class_weight)
+    call.class_weight = static_cast<const float*>(labels.class_weight->const_data_ptr());
+  if (labels.weight) call.weight = static_cast<const float*>(labels.weight->const_data_ptr());
   return call;
 }
 
-Result run_call(Call& call, const Tensor& student, bool with_gradient) {
+// `into`: where the gradient goes; none is made without it and `with_gradient`.
+Result run_call(Call& call, const Tensor& student, bool with_gradient, std::optional<Tensor> into) {
   const ScalarType loss_type =
       call.student.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor gradient = empty_of(student, with_gradient ? call.rows : 0, call.classes);
+  Tensor gradient = into ? *into : empty_of(student, with_gradient ? call.rows : 0, call.classes);
   if (with_gradient) call.gradient = gradient.mutable_data_ptr();
   Tensor losses = empty_of(student, call.rows, -1, loss_type);
   call.losses = losses.mutable_data_ptr();
@@ -393,20 +402,47 @@ Result run_call(Call& call, const Tensor& student, bool with_gradient) {
   return {loss, gradient, factor};
 }
 
-Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
-               std::optional<Tensor> partner, std::optional<Tensor> share,
-               std::optional<Tensor> weight, int64_t divergence, double first, double second,
-               double temperature, double alpha, double label_smoothing, double threshold,
-               int64_t ignore_index, int64_t reduction, bool with_gradient) {
-  check_kd_arguments(student, teacher, target, partner, share, weight, divergence);
+Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
+                  const LabelArguments& labels, int64_t divergence, double first, double second,
+                  double temperature, double distillation, double label, double threshold,
+                  int64_t reduction, bool with_gradient, std::optional<Tensor> into) {
+  check_kd_arguments(student, teacher, labels.target, labels.partner, labels.share, labels.weight,
+                     labels.class_weight, divergence);
   const torch::stable::accelerator::DeviceGuard guard(student.get_device());
-  Call call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
-                      temperature, alpha, threshold, reduction);
+  Call call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
   call.divergence = divergence;
   call.first = first;
   call.second = second;
   if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
-  return run_call(call, student, with_gradient);
+  return run_call(call, student, with_gradient, into);
+}
+
+Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
+               std::optional<Tensor> partner, std::optional<Tensor> share,
+               std::optional<Tensor> weight, std::optional<Tensor> class_weight, int64_t divergence,
+               double first, double second, double temperature, double distillation, double label,
+               double label_smoothing, double threshold, int64_t ignore_index, int64_t reduction,
+               bool with_gradient) {
+  return dense_loss(student, teacher,
+                    {target, partner, share, weight, class_weight, label_smoothing, ignore_index},
+                    divergence, first, second, temperature, distillation, label, threshold,
+                    reduction, with_gradient, {});
+}
+
+std::tuple<Tensor, Tensor> kd_loss_out(Tensor student, std::optional<Tensor> teacher,
+                                       std::optional<Tensor> target, std::optional<Tensor> partner,
+                                       std::optional<Tensor> share, std::optional<Tensor> weight,
+                                       std::optional<Tensor> class_weight, int64_t divergence,
+                                       double first, double second, double temperature,
+                                       double distillation, double label, double label_smoothing,
+                                       double threshold, int64_t ignore_index, int64_t reduction,
+                                       Tensor gradient) {
+  check_kd_gradient(student, gradient);
+  const auto [loss, same, factor] = dense_loss(
+      student, teacher,
+      {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, divergence,
+      first, second, temperature, distillation, label, threshold, reduction, true, gradient);
+  return {loss, factor};
 }
 
 TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
@@ -416,30 +452,66 @@ TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor
           {log_tail.const_data_ptr(), 1, dtype_of(log_tail, "kd_loss_topk")}};
 }
 
+struct TopKArguments {
+  const Tensor &indices, &log_probs, &log_tail;
+  const std::optional<Tensor>&second_indices, &second_log_probs, &second_log_tail, &mix;
+};
+
+Result topk_loss(const Tensor& student, const TopKArguments& teacher, const LabelArguments& labels,
+                 int64_t tail_policy, double temperature, double distillation, double label,
+                 double threshold, int64_t reduction, bool with_gradient,
+                 std::optional<Tensor> into) {
+  check_kd_arguments(student, {}, labels.target, labels.partner, labels.share, labels.weight,
+                     labels.class_weight, kKl);
+  check_topk_teacher(student, teacher.indices, teacher.log_probs, teacher.log_tail);
+  check_topk_mixture(student, teacher.second_indices, teacher.second_log_probs,
+                     teacher.second_log_tail, teacher.mix, tail_policy);
+  check(tail_policy != kTailBucket || student.size(1) <= kMostMarked, "kd_loss_topk",
+        "at most 327680 classes for the tail policy tail on a GPU");
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  Call call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
+  call.tail_policy = int(tail_policy);
+  call.named[0] = topk_of(teacher.indices, teacher.log_probs, teacher.log_tail);
+  call.named_count = 1;
+  if (teacher.mix) {
+    call.named[1] =
+        topk_of(*teacher.second_indices, *teacher.second_log_probs, *teacher.second_log_tail);
+    call.named_count = 2;
+    call.mix = static_cast<const float*>(teacher.mix->const_data_ptr());
+  }
+  return run_call(call, student, with_gradient, into);
+}
+
 Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
                     std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
                     std::optional<Tensor> second_log_tail, std::optional<Tensor> mix,
                     std::optional<Tensor> target, std::optional<Tensor> partner,
-                    std::optional<Tensor> share, std::optional<Tensor> weight, int64_t tail_policy,
-                    double temperature, double alpha, double label_smoothing, double threshold,
+                    std::optional<Tensor> share, std::optional<Tensor> weight,
+                    std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
+                    double distillation, double label, double label_smoothing, double threshold,
                     int64_t ignore_index, int64_t reduction, bool with_gradient) {
-  check_kd_arguments(student, {}, target, partner, share, weight, kKl);
-  check_topk_teacher(student, indices, log_probs, log_tail);
-  check_topk_mixture(student, second_indices, second_log_probs, second_log_tail, mix, tail_policy);
-  check(tail_policy != kTailBucket || student.size(1) <= kMostMarked, "kd_loss_topk",
-        "at most 327680 classes for the tail policy tail on a GPU");
-  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
-  Call call = call_of(student, {target, partner, share, weight, label_smoothing, ignore_index},
-                      temperature, alpha, threshold, reduction);
-  call.tail_policy = int(tail_policy);
-  call.named[0] = topk_of(indices, log_probs, log_tail);
-  call.named_count = 1;
-  if (mix) {
-    call.named[1] = topk_of(*second_indices, *second_log_probs, *second_log_tail);
-    call.named_count = 2;
-    call.mix = static_cast<const float*>(mix->const_data_ptr());
-  }
-  return run_call(call, student, with_gradient);
+  return topk_loss(
+      student,
+      {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
+      {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
+      temperature, distillation, label, threshold, reduction, with_gradient, {});
+}
+
+std::tuple<Tensor, Tensor> kd_loss_topk_out(
+    Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
+    std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
+    std::optional<Tensor> second_log_tail, std::optional<Tensor> mix, std::optional<Tensor> target,
+    std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
+    std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
+    double distillation, double label, double label_smoothing, double threshold,
+    int64_t ignore_index, int64_t reduction, Tensor gradient) {
+  check_kd_gradient(student, gradient);
+  const auto [loss, same, factor] = topk_loss(
+      student,
+      {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
+      {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
+      temperature, distillation, label, threshold, reduction, true, gradient);
+  return {loss, factor};
 }
 
 template <class S, class A>
@@ -488,6 +560,8 @@ void kd_loss_backward_in_place(Tensor gradient, Tensor factor, Tensor upstream) 
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
   m.impl("kd_loss", TORCH_BOX(&fastscarce::cuda::kd_loss));
   m.impl("kd_loss_topk", TORCH_BOX(&fastscarce::cuda::kd_loss_topk));
+  m.impl("kd_loss_out", TORCH_BOX(&fastscarce::cuda::kd_loss_out));
+  m.impl("kd_loss_topk_out", TORCH_BOX(&fastscarce::cuda::kd_loss_topk_out));
   m.impl("kd_loss_backward", TORCH_BOX(&fastscarce::cuda::kd_loss_backward));
   m.impl("kd_loss_backward_", TORCH_BOX(&fastscarce::cuda::kd_loss_backward_in_place));
 }

@@ -21,6 +21,10 @@ constexpr bool needs_mixture(int divergence) {
   return divergence == kReverseKl || divergence == kJsd || divergence == kSkewKl;
 }
 
+// `a` where `condition` is not zero, else 0: for vectors an instruction less than select.
+FS_HD inline float zero_unless(float condition, float a) { return condition != 0 ? a : 0.0f; }
+FS_HD inline double zero_unless(double condition, double a) { return condition != 0 ? a : 0.0; }
+
 // x, or 0 for -inf.
 template <class V>
 FS_HD inline V finite_or_zero(V x) {
@@ -39,15 +43,15 @@ FS_HD inline Mixture<V> mixture(V share, V x, V y, V q, V p, V log_s, V log_t) {
   const V zero = V(0), one = V(1);
   const V log_q = x - log_s, log_p = y - log_t;
   if constexpr (Divergence == kReverseKl) {
-    const V z = select(q, q * (log_q - log_p), zero);
+    const V z = zero_unless(q, q * (log_q - log_p));
     return {z, zero, z};
   } else {
     // The larger of the two, and NaN where m is.
     const V m = maximum(V(1.17549435e-38f), share * p + (one - share) * q);
     const V log_m = logarithm(m);
-    const V from_teacher = select(p, p * (log_p - log_m), zero);
+    const V from_teacher = zero_unless(p, p * (log_p - log_m));
     if constexpr (Divergence == kJsd) {
-      const V z = select(q, q * (log_q - log_m), zero);
+      const V z = zero_unless(q, q * (log_q - log_m));
       return {z, from_teacher, z};
     } else {
       const V z = (one - share) * p * q / m;
@@ -67,19 +71,31 @@ FS_HD inline Divergence<A> no_divergence(A loss) {
   return {loss, A(0), A(0), A(0), A(0)};
 }
 
+// `d` where `condition` is not zero, else `loss` without a gradient.
+template <class A>
+FS_HD inline Divergence<A> divergence_where(A condition, const Divergence<A>& d, A loss) {
+  const A zero = A(0);
+  return {select(condition, d.loss, loss), select(condition, d.student, zero),
+          select(condition, d.second, zero), select(condition, d.logit, zero),
+          select(condition, d.constant, zero)};
+}
+
 // After the second sweep. student_sum: sum of exponentials. A row that asks for a class which the
 // teacher excludes is infinite and teaches nothing.
 template <int Divergence_, class A>
 FS_HD inline Divergence<A> finish_mixture(A share, A student_sum, A from_teacher, A from_student) {
+  const A zero = A(0), one = A(1);
+  const A mean = from_student / student_sum;
   if constexpr (Divergence_ == kReverseKl) {
-    if (from_student == A(INFINITY)) return no_divergence(A(INFINITY));
-    return {from_student, -from_student / student_sum, A(1), A(0), A(0)};
+    const Divergence<A> d = {from_student, zero - mean, one, zero, zero};
+    // 0 also for NaN, which stays.
+    const A largest = A(3.402823466e38f), infinite = maximum(from_student, largest) - largest;
+    return divergence_where(select(infinite, zero, one), d, A(INFINITY));
   } else if constexpr (Divergence_ == kJsd) {
-    const A rest = A(1) - share;
-    return {share * from_teacher + rest * from_student, -rest * from_student / student_sum, rest,
-            A(0), A(0)};
+    const A rest = one - share;
+    return {share * from_teacher + rest * from_student, zero - rest * mean, rest, zero, zero};
   } else {
-    return {from_teacher, from_student / student_sum, A(-1), A(0), A(0)};
+    return {from_teacher, mean, zero - one, zero, zero};
   }
 }
 
@@ -94,17 +110,20 @@ FS_HD inline A kl_of(A student_sum, A teacher_sum, A gap) {
 template <class A>
 FS_HD inline Divergence<A> finish_standard(A student_sum, A teacher_sum, A gap, A student_dot,
                                            A teacher_dot, A deviation, A centre, A count) {
+  const A zero = A(0), one = A(1);
   const A loss = kl_of(student_sum, teacher_sum, gap);
-  if (!(deviation > A(0))) return no_divergence(loss);
-  const A inverse = A(1) / (deviation + A(kStandardEpsilon));
-  const A dot = student_dot / student_sum - teacher_dot / teacher_sum;
-  const A logit = -dot * inverse * inverse / (deviation * (count - A(1)));
-  return {loss, inverse / student_sum, -inverse / teacher_sum, logit, logit * centre};
+  const A inverse = one / (deviation + A(kStandardEpsilon));
+  const A dot = teacher_dot / teacher_sum - student_dot / student_sum;
+  const A logit = dot * inverse * inverse / (deviation * (count - one));
+  const Divergence<A> d = {loss, inverse / student_sum, zero - inverse / teacher_sum, logit,
+                           logit * centre};
+  return divergence_where(maximum(deviation, zero), d, loss);
 }
 
 // Decoupled distillation. What is left of the row without its labels: sums of exponentials relative
 // to its own maxima, the maxima less those of the whole row, all logits times 1 / T; of each label
-// (two at most) both logits times 1 / T.
+// (two at most) both logits, less the maxima of the whole row, times 1 / T. A label that is not
+// there has -inf twice.
 template <class A>
 struct DkdRest {
   A student_max, teacher_max, student_sum, teacher_sum, gap;
@@ -117,52 +136,49 @@ struct DkdRow {
   A confidence;  // the teacher's largest probability
 };
 
-// log(rest_sum e^rest_max + e^first + e^second)
+// Sum of exponentials of the whole row, relative to its maximum.
 template <class A>
-FS_HD inline A log_of_all(A rest_sum, A rest_max, const A* labels, int count) {
-  A top = rest_sum != 0 ? rest_max : A(-INFINITY);
-  for (int i = 0; i < count; ++i) top = maximum(top, labels[i]);
-  if (top == A(-INFINITY)) return top;
-  A sum = rest_sum != 0 ? rest_sum * exponential(rest_max - top) : A(0);
-  for (int i = 0; i < count; ++i) sum += exponential(labels[i] - top);
-  return top + logarithm(sum);
+FS_HD inline A sum_with_labels(A rest_sum, A rest_max, const A* labels, int count) {
+  A sum = select(rest_sum, rest_sum * exponential(rest_max), A(0));
+  for (int i = 0; i < count; ++i) sum = sum + exponential(labels[i]);
+  return sum;
 }
 
 // weight_label, weight_rest: the paper's alpha and beta.
 template <class A>
 FS_HD inline DkdRow<A> finish_dkd(const DkdRest<A>& rest, const A* student, const A* teacher,
                                   int count, A weight_label, A weight_rest) {
-  DkdRow<A> out = {no_divergence(A(0)), {A(0), A(0)}, A(0)};
-  const A log_s = log_of_all(rest.student_sum, rest.student_max, student, count);
-  const A log_t = log_of_all(rest.teacher_sum, rest.teacher_max, teacher, count);
-  if (log_t == A(-INFINITY)) return out;
-  if (log_s == A(-INFINITY)) {
-    out.rest.loss = A(INFINITY);
-    return out;
-  }
-  A top = rest.teacher_sum != 0 ? rest.teacher_max : A(-INFINITY);
-  A tckd = A(0);
+  const A zero = A(0), one = A(1), infinity = A(INFINITY);
+  DkdRow<A> out = {no_divergence(zero), {zero, zero}, zero};
+  const A sum_s = sum_with_labels(rest.student_sum, rest.student_max, student, count);
+  const A sum_t = sum_with_labels(rest.teacher_sum, rest.teacher_max, teacher, count);
+  const A log_s = logarithm(sum_s), log_t = logarithm(sum_t);
+  // No finite teacher logit: nothing to learn. None of the student: infinite, without a gradient.
+  const A both = select(sum_t, sum_s, zero);
+  A tckd = zero;
   for (int i = 0; i < count; ++i) {
-    const A p = exponential(teacher[i] - log_t), q = exponential(student[i] - log_s);
-    if (p != 0) tckd += p * ((teacher[i] - log_t) - (student[i] - log_s));
-    out.label_gradient[i] = weight_label * (q - p);
-    top = maximum(top, teacher[i]);
+    const A log_p = teacher[i] - log_t, log_q = student[i] - log_s;
+    const A p = exponential(log_p), q = exponential(log_q);
+    tckd = tckd + select(p, p * (log_p - log_q), zero);
+    out.label_gradient[i] = select(both, weight_label * (q - p), zero);
   }
-  out.confidence = exponential(top - log_t);
-  if (rest.teacher_sum != 0 && rest.student_sum != 0) {
-    const A log_pn = logarithm(rest.teacher_sum) + rest.teacher_max - log_t;
-    const A log_qn = logarithm(rest.student_sum) + rest.student_max - log_s;
-    const A pn = exponential(log_pn), qn = exponential(log_qn);
-    if (pn != 0) tckd += pn * (log_pn - log_qn);
-    out.rest.student = (weight_label * (qn - pn) + weight_rest) / rest.student_sum;
-    out.rest.second = -weight_rest / rest.teacher_sum;
-    tckd *= weight_label;
-    out.rest.loss = tckd + weight_rest * kl_of(rest.student_sum, rest.teacher_sum, rest.gap);
-  } else {
-    // Only one side has other classes: the teacher's, and the loss is infinite; or the student's.
-    out.rest.loss = rest.teacher_sum != 0 ? A(INFINITY) : weight_label * tckd;
-    if (rest.student_sum != 0)
-      out.rest.student = weight_label * exponential(rest.student_max - log_s);  // q - p with p = 0
-  }
+  out.confidence = select(sum_t, one / sum_t, zero);
+
+  const A log_pn = logarithm(rest.teacher_sum) + (rest.teacher_max - log_t);
+  const A log_qn = logarithm(rest.student_sum) + (rest.student_max - log_s);
+  const A pn = select(rest.teacher_sum, exponential(log_pn), zero);
+  const A qn = exponential(log_qn);
+  const A shared = select(rest.teacher_sum, rest.student_sum, zero);
+  const A label_loss = tckd + select(pn, pn * (log_pn - log_qn), zero);
+  const A rest_loss = kl_of(rest.student_sum, rest.teacher_sum, rest.gap);
+  // Where only one side has other classes: the teacher's, and the loss is infinite; or the
+  // student's, which have probability 0 to come to.
+  const A one_sided = select(rest.teacher_sum, infinity, weight_label * tckd);
+  const A pull = weight_label * (qn - pn) + select(rest.teacher_sum, weight_rest, zero);
+  const Divergence<A> d = {
+      select(shared, weight_label * label_loss + weight_rest * rest_loss, one_sided),
+      select(rest.student_sum, pull / rest.student_sum, zero),
+      select(shared, zero - weight_rest / rest.teacher_sum, zero), zero, zero};
+  out.rest = divergence_where(both, d, select(sum_t, infinity, zero));
   return out;
 }

@@ -27,11 +27,13 @@ struct KdFactors {
   double kd_loss, ce_loss, kd_gradient, ce_gradient, factor;
 };
 
-FS_HD inline KdFactors kd_factors(bool teacher, bool target, double temperature, double alpha,
-                                  int64_t reduction, bool float16, double weights, double labels) {
+// distillation, label: the weights of the two terms.
+FS_HD inline KdFactors kd_factors(bool teacher, bool target, double temperature,
+                                  double distillation, double label, int64_t reduction,
+                                  bool float16, double weights, double labels) {
   const bool mean = reduction == kReductionMean;
-  const double kd = !teacher ? 0 : !mean ? alpha : weights != 0 ? alpha / weights : 0;
-  const double ce = !target ? 0 : !mean ? 1 - alpha : labels != 0 ? (1 - alpha) / labels : 0;
+  const double kd = !teacher ? 0 : !mean ? distillation : weights != 0 ? distillation / weights : 0;
+  const double ce = !target ? 0 : !mean ? label : labels != 0 ? label / labels : 0;
   double large = 1;
   if (mean && float16) large = kd != 0 ? weights : ce != 0 ? labels : 1;
   return {kd * temperature * temperature, ce, kd * temperature * large, ce * large, 1 / large};

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from fastscarce.ops import converters
 from fastscarce.ops.kd import kd_loss
+from fastscarce.ops.linear import linear_kd_loss
 from fastscarce.ops.modules import KDLoss
 from fastscarce.ops.selection import Confidence, confidence, topk
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+from fastscarce.ops.weighted import CrossEntropyLoss, TokenDistillationLoss, WeightedKDLoss
 
 __all__ = [
     "Confidence",
+    "CrossEntropyLoss",
     "KDLoss",
     "MixedTarget",
     "MixedTopK",
+    "TokenDistillationLoss",
     "TopK",
+    "WeightedKDLoss",
     "confidence",
+    "converters",
     "kd_loss",
+    "linear_kd_loss",
     "topk",
 ]

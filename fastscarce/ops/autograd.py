@@ -12,7 +12,7 @@ from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops import reference
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
-__all__ = ["LOSSES", "REDUCTIONS", "TAILS", "InForward", "Recomputed"]
+__all__ = ["LOSSES", "REDUCTIONS", "TAILS", "InForward", "Recomputed", "WriteTo", "keeps_graph"]
 
 # Names and the numbers that the operators know them by.
 LOSSES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3, "dkd": 4, "logit_standard": 5}
@@ -28,7 +28,20 @@ def _always() -> bool:
 
 
 # Whether the backward pass that runs now keeps its graph; where torch does not say, assume it does.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
+keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
+
+
+class WriteTo:
+    """An operator that makes its gradient in the memory it is given."""
+
+    def __init__(self, operator: Any, gradient: Tensor) -> None:
+        self.operator = operator
+        self.gradient = gradient
+
+    def __call__(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, gradient, factor; the last argument asks for a gradient, and is always true."""
+        loss, factor = self.operator(student, *arguments[:-1], self.gradient)
+        return loss, self.gradient, factor
 
 
 class InForward(torch.autograd.Function):
@@ -49,7 +62,7 @@ class InForward(torch.autograd.Function):
         """The student's gradient, and None for all else."""
         gradient, factor = ctx.saved_tensors
         upstream = upstream.contiguous()
-        if _keeps_graph():
+        if keeps_graph():
             # Another backward pass will read the stored gradient: leave it as it is.
             return (None, _backward(gradient, factor, upstream), *(None,) * ctx.others)
         # The last use of the stored gradient: hand it out, scaled where it lies. The kernel
@@ -92,7 +105,7 @@ def _twin_arguments(
     tensors: list[Tensor | None], options: tuple[Any, ...]
 ) -> tuple[Tensor | TopK | MixedTopK | None, list[Tensor | None], dict[str, Any]]:
     """Teacher, label tensors and options of the twin, from the operator's arguments."""
-    if len(tensors) == 5:
+    if len(tensors) == 6:
         teacher, *labels = tensors
         divergence, first, second = options[:3]
         found = {
@@ -119,11 +132,14 @@ def _twin_gradient(
     partner: Tensor | None,
     share: Tensor | None,
     weight: Tensor | None,
+    class_weight: Tensor | None,
     *,
     numbers: tuple[Any, ...],
     **options: Any,
 ) -> Tensor:
-    temperature, alpha, label_smoothing, threshold, ignore_index, reduction = numbers
+    temperature, distil, hard, label_smoothing, threshold, ignore_index, reduction = numbers
+    # The twin's weights sum to 1.
+    scale = (distil if teacher is not None else 0) + (hard if target is not None else 0)
     label: Tensor | MixedTarget | None = target
     if target is not None and partner is not None and share is not None:
         label = MixedTarget(target, partner, share)
@@ -133,13 +149,14 @@ def _twin_gradient(
         teacher,
         label,
         temperature=temperature,
-        alpha=alpha,
+        alpha=distil / scale if scale else 0.0,
         threshold=threshold,
         weight=weight,
+        class_weight=class_weight,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=_name(REDUCTIONS, reduction),
         **options,
     )
-    (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
+    (gradient,) = torch.autograd.grad(scale * loss, student, upstream, create_graph=True)
     return gradient

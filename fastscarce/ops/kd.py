@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastscarce.ops.autograd import LOSSES, REDUCTIONS, TAILS, InForward, Recomputed
+from fastscarce.ops.autograd import LOSSES, REDUCTIONS, TAILS, InForward, Recomputed, WriteTo
+from fastscarce.ops.checks import (
+    buffer_of,
+    check_indices,
+    class_weights_of,
+    column_of,
+    labels_of,
+    logits_of,
+    parameters_of,
+    term_weights,
+    topk_arguments,
+    weighted_label,
+)
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
 __all__ = ["kd_loss"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 _kd_loss = torch.ops.fastscarce.kd_loss.default
+_kd_loss_out = torch.ops.fastscarce.kd_loss_out.default
 _kd_loss_topk = torch.ops.fastscarce.kd_loss_topk.default
+_kd_loss_topk_out = torch.ops.fastscarce.kd_loss_topk_out.default
 
 
 def kd_loss(
@@ -26,17 +38,21 @@ def kd_loss(
     loss: str = "kl",
     tail: str = "uniform",
     temperature: float = 1.0,
-    alpha: float = 0.5,
+    alpha: float | tuple[float, float] = 0.5,
     beta: float = 0.5,
     skew: float = 0.1,
     dkd_alpha: float = 1.0,
     dkd_beta: float = 8.0,
     threshold: float = 0.0,
+    t_squared: bool = True,
     weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     gradient: str = "auto",
+    out: Tensor | None = None,
+    reuse_teacher_buffer: bool = False,
 ) -> Tensor:
     """Knowledge distillation plus cross entropy, from raw logits.
 
@@ -73,8 +89,9 @@ def kd_loss(
             student's sum over them. ``"support"``: nothing, and the student's softmax is over the
             named classes too. A :class:`MixedTopK` takes the first two.
         temperature: ``T``, what both logits of the distillation term are divided by. Positive.
-        alpha: Weight of the distillation term in 0 to 1; taken as 1 without ``target`` and as 0
-            without ``teacher``.
+        alpha: Weight of the distillation term in 0 to 1, the label term having the rest; taken as
+            1 without ``target`` and as 0 without ``teacher``. Or a pair, the weights of the two
+            terms, 0 or more, of any sum.
         beta: Share of ``p`` in the mixture of ``"jsd"``, between 0 and 1.
         skew: Share of ``p`` in the mixture of ``"skew_kl"``, in 0 to 1, 1 left out.
         dkd_alpha: Weight of TCKD in ``"dkd"``, not negative.
@@ -82,7 +99,12 @@ def kd_loss(
         threshold: Rows whose largest ``p`` (of a :class:`MixedTopK`: the mean of both, weighted) is
             below it have no distillation term, in 0 to 1. They
             count in the mean all the same, as in FixMatch.
+        t_squared: Whether the distillation term has the factor ``T**2``, which keeps its gradient
+            as large at every temperature.
         weight: Weight of each row, not negative, ``(rows,)``; rows of weight 0 are left out.
+        class_weight: Weight of each class in the label term, ``(classes,)``, as in
+            :func:`torch.nn.functional.cross_entropy`: of index labels the mean divides by the sum
+            of their classes' weights. With ``label_smoothing`` a dense label is made of it.
         label_smoothing: Share of the label spread evenly over all classes, in 0 to 1.
         ignore_index: A row with this target has no label term, and still distils. Of a
             :class:`MixedTarget` each half is ignored on its own: the other half keeps its weight
@@ -93,6 +115,12 @@ def kd_loss(
             memory is held between the two, and it can be differentiated again
             (``create_graph=True``, through plain PyTorch). ``"auto"`` is ``"in_forward"``. Under
             ``torch.compile`` it is always made in the forward pass.
+        out: Memory for the gradient, contiguous, of the student's shape, dtype and device. It
+            belongs to the loss until the backward pass has run. Untouched where no gradient is
+            wanted. Not under ``torch.compile``.
+        reuse_teacher_buffer: Writes the gradient over the teacher's logits, which are then lost: no
+            memory beyond student and teacher. Without effect under ``torch.compile`` and where no
+            gradient is wanted.
 
     Returns:
         Loss in nats, float32 (float64 for float64 logits), a scalar, or ``(rows,)`` for ``"none"``.
@@ -115,208 +143,72 @@ def kd_loss(
         raise ValueError(
             f"kd_loss needs gradient 'auto', 'in_forward' or 'recompute', got {gradient!r}."
         )
-    first, second = _parameters(loss, beta, skew, dkd_alpha, dkd_beta)
+    first, second = parameters_of(loss, beta, skew, dkd_alpha, dkd_beta)
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"kd_loss needs threshold in 0 to 1, got {threshold}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f"kd_loss needs reduction 'mean', 'sum' or 'none', got {reduction!r}.")
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"kd_loss needs a positive, finite temperature, got {temperature}.")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"kd_loss needs alpha in 0 to 1, got {alpha}.")
+    distil, label = term_weights(alpha, target is not None, teacher is not None)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"kd_loss needs label_smoothing in 0 to 1, got {label_smoothing}.")
-    student = _logits("student", student, student)
+    student = logits_of("student", student, student)
     if teacher is None:
         if target is None:
             raise ValueError("kd_loss needs a teacher, a target or both, got neither.")
-        alpha = 0.0
     elif isinstance(teacher, Tensor):
-        teacher = _logits("teacher", teacher, student)
-    partner = share = None
-    if target is None:
-        if loss == "dkd":
-            raise ValueError("kd_loss needs a target for loss 'dkd', got none.")
-        alpha = 1.0
-    elif isinstance(target, MixedTarget):
-        partner, share = _column("target.b", target.b, student), _column("lam", target.lam, student)
-        target = _column("target.a", target.a, student)
-    elif target.is_floating_point():
-        if loss == "dkd":
-            raise ValueError(
-                "kd_loss needs class indices or a MixedTarget for loss 'dkd', got a dense label."
-            )
-        target = _logits("dense target", target, student)
-    else:
-        target = _column("target", target, student)
+        given, teacher = teacher, logits_of("teacher", teacher, student)
+    labels = labels_of(target, loss, student)
     if weight is not None:
-        weight = _column("weight", weight, student).to(torch.float32)
+        weight = column_of("weight", weight, student).to(torch.float32)
+    buffer = None
+    if out is not None or reuse_teacher_buffer:
+        dense = given if isinstance(teacher, Tensor) else None
+        buffer = buffer_of(out, reuse_teacher_buffer, dense, student, gradient)
+    if class_weight is not None and target is not None:
+        class_weight = class_weights_of(class_weight, student)
+        soft = isinstance(target, Tensor) and target.is_floating_point()
+        if soft or label_smoothing > 0:
+            made = weighted_label(
+                target, class_weight, weight, label_smoothing, ignore_index, reduction
+            )
+            labels, label_smoothing, class_weight = (made, None, None), 0.0, None
+    else:
+        class_weight = None
 
-    labels = (target, partner, share, weight)
     numbers = (
         float(temperature),
-        float(alpha),
+        distil if t_squared else distil / temperature**2,
+        label,
         float(label_smoothing),
         float(threshold),
         ignore_index,
         REDUCTIONS[reduction],
     )
     arguments: tuple[object, ...]
+    operator: Any
     if teacher is None or isinstance(teacher, Tensor):
-        operator = _kd_loss
-        arguments = (teacher, *labels, LOSSES[loss], first, second, *numbers)
+        operator, writer = _kd_loss, _kd_loss_out
+        arguments = (teacher, *labels, weight, class_weight, LOSSES[loss], first, second, *numbers)
     else:
-        operator = _kd_loss_topk
-        arguments = (*_named(teacher, student, loss, tail), *labels, TAILS[tail], *numbers)
+        operator, writer = _kd_loss_topk, _kd_loss_topk_out
+        named = topk_arguments(teacher, student, loss, tail)
+        arguments = (*named, *labels, weight, class_weight, TAILS[tail], *numbers)
     with_gradient = student.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
+        if out is not None:
+            raise ValueError("kd_loss needs out to be None under torch.compile.")
         traced: Tensor = operator(student, *arguments, with_gradient)[0]
         return traced
     result: Tensor
     if with_gradient:
         function = Recomputed if gradient == "recompute" else InForward
+        if buffer is not None:
+            operator = WriteTo(writer, buffer)
         result = function.apply(operator, student, *arguments)
     else:
         result = operator(student, *arguments, False)[0]
     if not student.is_cuda:
-        _check_indices(result, (target, partner), teacher, student.shape[1], ignore_index)
+        check_indices(result, target, teacher, student.shape[1], ignore_index)
     return result
-
-
-def _parameters(
-    loss: str, beta: float, skew: float, dkd_alpha: float, dkd_beta: float
-) -> tuple[float, float]:
-    """The two numbers that the divergence takes."""
-    if loss == "jsd":
-        if not 0.0 < beta < 1.0:
-            raise ValueError(f"kd_loss needs beta between 0 and 1, got {beta}.")
-        return float(beta), 0.0
-    if loss == "skew_kl":
-        if not 0.0 <= skew < 1.0:
-            raise ValueError(f"kd_loss needs skew in 0 to 1 and below 1, got {skew}.")
-        return float(skew), 0.0
-    if loss == "dkd":
-        if not (0.0 <= dkd_alpha < math.inf and 0.0 <= dkd_beta < math.inf):
-            raise ValueError(
-                f"kd_loss needs dkd_alpha and dkd_beta of 0 or more, got {dkd_alpha} and "
-                f"{dkd_beta}."
-            )
-        return float(dkd_alpha), float(dkd_beta)
-    return 0.0, 0.0
-
-
-def _logits(name: str, tensor: Tensor, student: Tensor) -> Tensor:
-    """A matrix of the student's shape and device whose rows lie without gaps."""
-    if tensor.dtype not in _FLOATS:
-        raise ValueError(
-            f"kd_loss needs {name} in float32, bfloat16, float16 or float64, got {tensor.dtype}."
-        )
-    if tensor is student:
-        if tensor.dim() != 2 or tensor.shape[1] == 0:
-            raise ValueError(
-                "kd_loss needs student logits of shape (rows, classes), classes at least 1, got "
-                f"{tuple(tensor.shape)}."
-            )
-    elif tensor.shape != student.shape:
-        raise ValueError(
-            f"kd_loss needs student logits and {name} of one shape, (rows, classes), got "
-            f"{tuple(student.shape)} and {tuple(tensor.shape)}."
-        )
-    elif tensor.device != student.device:
-        raise ValueError(
-            f"kd_loss needs student logits and {name} on one device, got {student.device} and "
-            f"{tensor.device}."
-        )
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _column(name: str, tensor: Tensor, student: Tensor) -> Tensor:
-    """One number a row, contiguous; indices in int64."""
-    if tensor.dim() != 1 or tensor.shape[0] != student.shape[0]:
-        raise ValueError(
-            f"kd_loss needs {name} of shape (rows,) = ({student.shape[0]},), got "
-            f"{tuple(tensor.shape)}."
-        )
-    if tensor.device != student.device:
-        raise ValueError(
-            f"kd_loss needs student logits and {name} on one device, got {student.device} and "
-            f"{tensor.device}."
-        )
-    if name.startswith("target") and tensor.dtype != torch.int64:
-        if tensor.is_complex() or tensor.dtype == torch.bool:
-            raise ValueError(f"kd_loss needs {name} in int64, got {tensor.dtype}.")
-        tensor = tensor.long()
-    return tensor.contiguous()
-
-
-def _named(
-    teacher: TopK | MixedTopK, student: Tensor, loss: str, tail: str
-) -> tuple[Tensor | None, ...]:
-    """The operator's tensors of one TopK teacher or two."""
-    if loss != "kl":
-        raise ValueError(f"kd_loss needs loss 'kl' with a TopK teacher, got {loss!r}.")
-    if tail not in TAILS:
-        raise ValueError(
-            f"kd_loss needs tail 'uniform', 'renorm', 'tail' or 'support', got {tail!r}."
-        )
-    if isinstance(teacher, TopK):
-        return (*_topk_columns(teacher, student), None, None, None, None)
-    if tail not in ("uniform", "renorm"):
-        raise ValueError(
-            f"kd_loss needs tail 'uniform' or 'renorm' with a MixedTopK, got {tail!r}."
-        )
-    return (
-        *_topk_columns(teacher.a, student),
-        *_topk_columns(teacher.b, student),
-        teacher.lam.contiguous(),
-    )
-
-
-def _topk_columns(teacher: TopK, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    indices = teacher.indices
-    if len(teacher) != student.shape[0] or teacher.k > student.shape[1]:
-        raise ValueError(
-            f"kd_loss needs a TopK of {student.shape[0]} rows and at most {student.shape[1]} "
-            f"classes, as the student has, got {len(teacher)} rows and k = {teacher.k}."
-        )
-    if indices.device != student.device:
-        raise ValueError(
-            f"kd_loss needs student logits and teacher on one device, got {student.device} and "
-            f"{indices.device}."
-        )
-    return indices.contiguous(), teacher.log_probs.contiguous(), teacher.log_tail.contiguous()
-
-
-def _check_indices(
-    loss: Tensor,
-    targets: tuple[Tensor | None, ...],
-    teacher: Tensor | TopK | MixedTopK | None,
-    classes: int,
-    ignore_index: int,
-) -> None:
-    """Names the first index outside the classes; the kernels make such a row NaN and go on."""
-    loss = loss.detach()
-    # One number is read on its own: a kernel a call for it would show beside a small batch.
-    if not (math.isnan(loss.item()) if loss.dim() == 0 else bool(torch.isnan(loss).any())):
-        return
-    for target in targets:
-        if target is None or target.dtype != torch.int64:
-            continue
-        outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
-        if bool(outside.any()):
-            row = int(outside.nonzero()[0])
-            raise ValueError(
-                f"kd_loss needs targets in 0 to {classes - 1} or {ignore_index}, got "
-                f"{int(target[row])} in row {row}."
-            )
-    both = (teacher.a, teacher.b) if isinstance(teacher, MixedTopK) else (teacher,)
-    for one in both:
-        if not isinstance(one, TopK):
-            continue
-        outside = (one.indices < 0) | (one.indices >= classes)
-        if bool(outside.any()):
-            row, place = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"kd_loss needs a teacher's indices in 0 to {classes - 1}, got "
-                f"{int(one.indices[row, place])} in row {row}."
-            )

@@ -13,8 +13,9 @@ __all__ = ["KDLoss"]
 class KDLoss(nn.Module):
     """:func:`fastscarce.ops.kd_loss` with its options kept; same names, defaults and errors.
 
-    The options are attributes and may be changed between calls (a temperature that is annealed).
-    ``forward(student, teacher, target=None, weight=None)`` gives the loss. No parameters.
+    The options are attributes and may be changed between calls (a temperature that is annealed);
+    ``class_weight`` is a buffer that no checkpoint holds. ``forward(student, teacher, target=None,
+    weight=None, *, out=None, reuse_teacher_buffer=False)`` gives the loss. No parameters.
     """
 
     def __init__(
@@ -23,12 +24,14 @@ class KDLoss(nn.Module):
         *,
         tail: str = "uniform",
         temperature: float = 1.0,
-        alpha: float = 0.5,
+        alpha: float | tuple[float, float] = 0.5,
         beta: float = 0.5,
         skew: float = 0.1,
         dkd_alpha: float = 1.0,
         dkd_beta: float = 8.0,
         threshold: float = 0.0,
+        t_squared: bool = True,
+        class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -44,6 +47,9 @@ class KDLoss(nn.Module):
         self.dkd_alpha = dkd_alpha
         self.dkd_beta = dkd_beta
         self.threshold = threshold
+        self.t_squared = t_squared
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight, persistent=False)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -55,6 +61,9 @@ class KDLoss(nn.Module):
         teacher: Tensor | TopK | MixedTopK | None,
         target: Tensor | MixedTarget | None = None,
         weight: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        reuse_teacher_buffer: bool = False,
     ) -> Tensor:
         """The loss of a batch; shapes and dtypes as in :func:`fastscarce.ops.kd_loss`."""
         return kd_loss(
@@ -71,10 +80,14 @@ class KDLoss(nn.Module):
             dkd_alpha=self.dkd_alpha,
             dkd_beta=self.dkd_beta,
             threshold=self.threshold,
+            t_squared=self.t_squared,
+            class_weight=self.class_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             gradient=self.gradient,
+            out=out,
+            reuse_teacher_buffer=reuse_teacher_buffer,
         )
 
     def extra_repr(self) -> str:

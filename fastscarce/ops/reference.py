@@ -152,13 +152,17 @@ def label_rows(
     target: Tensor | MixedTarget,
     label_smoothing: float,
     ignore_index: int,
+    class_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of each row with ``Y = (1 - eps) * label + eps / classes``, and its label mass.
 
     A mixed label is two rows of weight ``lam`` and ``1 - lam``; the ignored ones fall out. The mass
-    is what is left: what the row counts in the mean. A dense label counts 1.
+    is what is left: what the row counts in the mean. A dense label counts 1. A class weight
+    multiplies the class in ``Y``, and of index labels in the mass.
     """
     rows, classes = student.shape
+    by_class = student.new_ones(classes) if class_weight is None else class_weight
+    by_class = by_class.to(student.dtype)
     if isinstance(target, Tensor) and target.is_floating_point():
         label = target.to(student.dtype)
         mass = student.new_ones(rows)
@@ -167,14 +171,17 @@ def label_rows(
         if isinstance(target, Tensor):
             target = MixedTarget(target, target, torch.ones(rows, device=target.device))
         label = student.new_zeros(rows, classes)
+        valid = student.new_zeros(rows)
         mass = student.new_zeros(rows)
         lam = target.lam.to(student.dtype)
         for index, share in ((target.a, lam), (target.b, 1 - lam)):
             share = torch.where(index == ignore_index, torch.zeros_like(share), share)
             place = torch.where(index == ignore_index, torch.zeros_like(index), index)
             label = label.scatter_add(1, place[:, None], share[:, None])
-            mass = mass + share
-        soft = (1 - label_smoothing) * label + label_smoothing * mass[:, None] / classes
+            valid = valid + share
+            mass = mass + share * by_class[place]
+        soft = (1 - label_smoothing) * label + label_smoothing * valid[:, None] / classes
+    soft = soft * by_class
     log_q = student.log_softmax(1)
     zero = torch.zeros_like(log_q)
     return -(soft * torch.where(soft != 0, log_q, zero)).sum(1), mass
@@ -194,7 +201,9 @@ def kd_loss(
     dkd_alpha: float = 1.0,
     dkd_beta: float = 8.0,
     threshold: float = 0.0,
+    t_squared: bool = True,
     weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -205,6 +214,7 @@ def kd_loss(
     distil = label = student.new_zeros(rows)
     distil_mass, label_mass = weights, student.new_zeros(rows)
     share = alpha if target is not None else 1.0
+    share = share if t_squared else share / temperature**2
     if isinstance(teacher, (TopK, MixedTopK)):
         rows_of, confidence = topk_rows(student, teacher, temperature, tail)
         sure = ~(confidence < threshold)
@@ -228,7 +238,7 @@ def kd_loss(
         distil = share * weights * torch.where(sure, rows_of, torch.zeros_like(rows_of))
     if target is not None:
         share = 1 - alpha if teacher is not None else 1.0
-        label, mass = label_rows(student, target, label_smoothing, ignore_index)
+        label, mass = label_rows(student, target, label_smoothing, ignore_index, class_weight)
         label, label_mass = share * weights * label, weights * mass
     if reduction == "none":
         return distil + label

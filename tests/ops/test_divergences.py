@@ -120,6 +120,110 @@ def test_values_and_gradients(isa: str, classes: int, form: str, loss: str) -> N
         )
 
 
+def labels_of_every_kind(rows: int, classes: int) -> MixedTarget:
+    """Both, either or neither missing; both the same; a share of 0 and of 1; the last class."""
+    row = torch.arange(rows)
+    first, second = row % classes, (row * 7 + 1) % classes
+    kind = row % 8
+    second = torch.where(kind == 0, first, second)
+    first = torch.where(kind == 1, classes - 1, first)
+    first = torch.where((kind == 2) | (kind == 4), -100, first)
+    second = torch.where((kind == 3) | (kind == 4), -100, second)
+    lam = 0.125 + 0.75 * (row * 13 % 8) / 8
+    lam = torch.where(kind == 5, 0.0, torch.where(kind == 6, 1.0, lam))
+    return MixedTarget(first, second, lam)
+
+
+# Up to 64 classes a row is a lane, and rows come in blocks of 8 or 16.
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("classes", [5, 8, 31, 64, 65])
+def test_rows_and_labels(isa: str, classes: int, loss: str) -> None:
+    for rows in (1, 7, 8, 9, 17, 83):
+        student, teacher, target = example(rows, classes)
+        mixed = labels_of_every_kind(rows, classes)
+        weight = torch.linspace(0, 2, rows) if rows > 1 else None
+        for label in (target, mixed, MixedTarget(mixed.a, mixed.a, mixed.lam)):
+            compare(
+                torch.float32,
+                (student, teacher, label),
+                loss=loss,
+                temperature=2.5 if rows == 9 else 2.0,
+                alpha=1.0 if rows == 8 else 0.6,
+                weight=weight,
+                reduction="none",
+                label_smoothing=0.1 if rows == 17 else 0.0,
+            )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("classes", [5, 64, 65])
+def test_rows_next_to_odd_ones(isa: str, classes: int, loss: str) -> None:
+    """What is infinite, NaN, masked or left out stays in its row."""
+    student, teacher, _ = (cast(x, torch.float32) for x in example(37, classes))
+    target = torch.arange(37) % classes
+    options: Any = {"loss": loss, "temperature": 2.0, "alpha": 0.6, "reduction": "none"}
+    expected, expected_gradient = both(kd_loss, student, teacher, target, **options)
+    student[2] = -math.inf
+    teacher[5] = -math.inf
+    student[9, 1] = math.nan
+    teacher[12, classes - 1] = math.nan
+    student[17, 2] = -math.inf
+    teacher[18, 3] = -math.inf
+    student[21, 0] = math.inf
+    weight = torch.ones(37)
+    weight[24] = 0
+    others = torch.ones(37, dtype=torch.bool)
+    others[[2, 5, 9, 12, 17, 18, 21, 24]] = False
+    value, gradient = both(kd_loss, student, teacher, target, weight=weight, **options)
+    assert torch.equal(value[others], expected[others])
+    assert torch.equal(gradient[others], expected_gradient[others])
+    assert value[2] == math.inf
+    assert value[[9, 12, 21]].isnan().all()
+    assert gradient[[2, 5, 17, 18, 24]].isfinite().all()
+    assert value[5].isfinite()
+    assert value[24] == 0
+    assert not gradient[24].any()
+    if loss != "logit_standard":
+        # The teacher leaves the row alone: only the label term is left.
+        label_only, label_gradient = both(kd_loss, student, None, target, reduction="none")
+        torch.testing.assert_close(value[5], 0.4 * label_only[5])
+        torch.testing.assert_close(gradient[5], 0.4 * label_gradient[5])
+    for rows in (slice(0, 1), slice(9, 16), slice(2, 37)):
+        part, part_gradient = both(
+            kd_loss, student[rows], teacher[rows], target[rows], weight=weight[rows], **options
+        )
+        torch.testing.assert_close(part, value[rows], equal_nan=True)
+        # `both` gives every row another upstream.
+        assert torch.equal(part_gradient.isnan(), gradient[rows].isnan())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("masked", ["student", "teacher", "both", "either"])
+def test_random_masks(isa: str, masked: str, loss: str) -> None:
+    """Infinite, NaN and finite where the float64 body is, with every kind of label."""
+    generator = torch.Generator().manual_seed(1)
+    for classes in (2, 5, 33, 64, 65):
+        student, teacher, _ = (cast(x, torch.float32) for x in example(100, classes))
+        first, second = torch.rand(2, 100, classes, generator=generator) < 0.2
+        if masked != "teacher":
+            student[first] = -math.inf
+        if masked in ("teacher", "both"):
+            teacher[first] = -math.inf
+        if masked == "either":
+            teacher[second] = -math.inf
+        label = labels_of_every_kind(100, classes)
+        options: Any = {"loss": loss, "temperature": 2.0, "reduction": "none", "threshold": 0.1}
+        exact = both(kd_loss, student.double(), teacher.double(), label, **options)
+        got = both(kd_loss, student, teacher, label, **options)
+        for value, expected in zip(got, exact, strict=True):
+            assert torch.equal(value.isnan(), expected.isnan())
+            assert torch.equal(value.isinf(), expected.isinf())
+            finite = expected.isfinite()
+            torch.testing.assert_close(
+                value[finite].double(), expected[finite], rtol=1e-4, atol=2e-5
+            )
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(isa: str, dtype: torch.dtype, loss: str) -> None:
@@ -267,25 +371,10 @@ def test_zero_rows_and_one_class(isa: str, loss: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_opcheck_and_compile(loss: str) -> None:
     student, teacher, target = example(5, 12)
-    numbers = (reference_number(loss), 0.4, 2.0)
+    numbers = (reference_number(loss), 0.4, 2.0, 2.0, 0.5, 0.5, 0.1, 0.2, -100, 2, True)
     torch.library.opcheck(
         torch.ops.fastscarce.kd_loss.default,
-        (
-            student.float().requires_grad_(),
-            teacher,
-            target,
-            None,
-            None,
-            None,
-            *numbers,
-            2.0,
-            0.5,
-            0.1,
-            0.2,
-            -100,
-            2,
-            True,
-        ),
+        (student.float().requires_grad_(), teacher, target, *(None,) * 4, *numbers),
     )
     compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
     options: Any = {"loss": loss, "temperature": 2.0}

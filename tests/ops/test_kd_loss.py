@@ -343,9 +343,10 @@ def test_opcheck(form: str, with_gradient: bool) -> None:
     student = student.float().requires_grad_(with_gradient)
     mixed = target if isinstance(target, MixedTarget) else None
     labels = (mixed.a, mixed.b, mixed.lam) if mixed else (target, None, None)
+    numbers = (0, 0.0, 0.0, 2.0, 0.5, 0.5, 0.1, 0.0, -100, 2)
     torch.library.opcheck(
         torch.ops.fastscarce.kd_loss.default,
-        (student, teacher, *labels, None, 0, 0.0, 0.0, 2.0, 0.5, 0.1, 0.0, -100, 2, with_gradient),
+        (student, teacher, *labels, None, None, *numbers, with_gradient),
     )
 
 
@@ -442,23 +443,9 @@ def test_refusals(change: dict[str, Any], words: str) -> None:
 def test_kernel_is_safe_without_checks(isa: str) -> None:
     for classes in (10, 100, 2000):
         target = torch.tensor([0, classes, -1, 2**62, -(2**62), 1])
+        numbers = (0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, -100, 0, True)
         loss, gradient, _ = torch.ops.fastscarce.kd_loss(
-            torch.randn(6, classes),
-            None,
-            target,
-            None,
-            None,
-            None,
-            0,
-            0.0,
-            0.0,
-            1.0,
-            0.0,
-            0.0,
-            0.0,
-            -100,
-            0,
-            True,
+            torch.randn(6, classes), None, target, *(None,) * 4, *numbers
         )
         assert loss.isnan().tolist() == [False, True, True, True, True, False]
         assert not gradient[1:5].any()

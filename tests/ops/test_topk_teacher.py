@@ -337,9 +337,9 @@ def test_indices_outside(isa: str, tail: str) -> None:
         loss, gradient, _ = torch.ops.fastscarce.kd_loss_topk(
             student,
             *(teacher.indices, teacher.log_probs, teacher.log_tail),
-            *(None,) * 8,
+            *(None,) * 9,
             TAILS.index(tail),
-            *(1.0, 1.0, 0.0, 0.0, -100, 0, True),
+            *(1.0, 1.0, 0.0, 0.0, 0.0, -100, 0, True),
         )
         assert loss.isnan().nonzero().tolist() == [[2]]
         assert not gradient[2].any()
@@ -353,8 +353,8 @@ def test_module_autocast_opcheck_compile() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert module(student.bfloat16(), teacher).dtype == torch.float32
     tensors = (teacher.indices, teacher.log_probs, teacher.log_tail)
-    numbers = (0, 2.0, 0.5, 0.0, 0.0, -100, 2, True)
-    arguments = (*tensors, *(None,) * 4, torch.arange(6), *(None,) * 3, *numbers)
+    numbers = (0, 2.0, 0.5, 0.5, 0.0, 0.0, -100, 2, True)
+    arguments = (*tensors, *(None,) * 4, torch.arange(6), *(None,) * 4, *numbers)
     leaf = student.clone().requires_grad_()
     torch.library.opcheck(torch.ops.fastscarce.kd_loss_topk.default, (leaf, *arguments))
 
@@ -387,8 +387,8 @@ def test_refusals() -> None:
         torch.ops.fastscarce.kd_loss_topk(
             student,
             *(teacher.indices.long(), teacher.log_probs, teacher.log_tail),
-            *(None,) * 8,
-            *(0, 1.0, 1.0, 0.0, 0.0, -100, 0, True),
+            *(None,) * 9,
+            *(0, 1.0, 1.0, 0.0, 0.0, 0.0, -100, 0, True),
         )
 
 

@@ -1,0 +1,346 @@
+"""The last layer and its distillation loss, a few rows at a time: the logits never exist whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastscarce.ops.autograd import keeps_graph
+from fastscarce.ops.checks import term_weights
+from fastscarce.ops.kd import kd_loss
+from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+
+__all__ = ["linear_kd_loss"]
+
+Head = tuple[Tensor, Tensor, Tensor | None]
+_MEMORY = {"cpu": 48, "cuda": 256}  # MiB
+
+
+class _Linear(torch.autograd.Function):
+    """Loss and all gradients in the forward pass; the backward pass scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, chunks: _Chunks
+    ) -> Tensor:
+        """The loss."""
+        loss, *gradients = chunks.run(features, weight, bias, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        """Gradients of features, weight and bias."""
+        gradients = ctx.saved_tensors
+        if keeps_graph():
+            return (*(None if g is None else g * upstream.to(g.dtype) for g in gradients), None)
+        # Their last use: no second copy.
+        for gradient in gradients:
+            if gradient is not None:
+                gradient *= upstream.to(gradient.dtype)
+        return (*gradients, None)
+
+
+class _Chunks:
+    """The loop over chunks of rows, and what each of them needs beside its features."""
+
+    def __init__(
+        self,
+        teacher: Tensor | TopK | MixedTopK | Head | None,
+        target: Tensor | MixedTarget | None,
+        rows_a_chunk: int,
+        weight: Tensor | None,
+        class_weight: Tensor | None,
+        scale: Tensor | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.teacher = teacher
+        self.target = target
+        self.rows_a_chunk = rows_a_chunk
+        self.weight = weight
+        self.class_weight = class_weight
+        self.scale = scale  # of the sum over all rows
+        self.options = options
+
+    def run(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, and the gradients that are wanted."""
+        rows, classes = features.shape[0], weight.shape[0]
+        size = min(self.rows_a_chunk, max(rows, 1))
+        logits = features.new_empty((size, classes))
+        by_head = isinstance(self.teacher, tuple)
+        # A teacher's logits that are made here are done with once read: the gradient goes there.
+        buffer = features.new_empty((size, classes)) if any(wanted) or by_head else None
+        # Many small additions in 16 bits would lose what they add.
+        total = torch.float32 if features.element_size() == 2 else features.dtype
+        of_features = torch.empty_like(features) if wanted[0] else None
+        of_weight = torch.zeros_like(weight, dtype=total) if wanted[1] else None
+        of_bias = torch.zeros(classes, dtype=total, device=weight.device) if wanted[2] else None
+        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+        loss = features.new_zeros((), dtype=wide)
+        for begin in range(0, rows, size):
+            end = min(begin + size, rows)
+            part = features[begin:end]
+            student = logits[: end - begin]
+            _head(part, weight, bias, student)
+            out = buffer[: end - begin] if buffer is not None else None
+            teacher = self._teacher(begin, end, out)
+            with torch.enable_grad():
+                leaf = student.requires_grad_(any(wanted))
+                value = kd_loss(
+                    leaf,
+                    teacher,
+                    _rows(self.target, begin, end),
+                    weight=None if self.weight is None else self.weight[begin:end],
+                    class_weight=self.class_weight,
+                    reduction="sum",
+                    out=None if by_head or not any(wanted) else out,
+                    reuse_teacher_buffer=by_head and any(wanted),
+                    **self.options,
+                )
+            loss += value.detach()
+            if not any(wanted):
+                continue
+            (gradient,) = torch.autograd.grad(value, leaf)
+            student.requires_grad_(False)
+            if of_features is not None:
+                torch.mm(gradient, weight, out=of_features[begin:end])
+            if of_weight is not None:
+                if of_weight.dtype == gradient.dtype:
+                    of_weight.addmm_(gradient.t(), part)
+                else:
+                    of_weight += torch.mm(gradient.t(), part)
+            if of_bias is not None:
+                of_bias += gradient.sum(0, dtype=total)
+        for made in (loss, of_features, of_weight, of_bias):
+            if made is not None and self.scale is not None:
+                made *= self.scale
+        if of_weight is not None:
+            of_weight = of_weight.to(weight.dtype)
+        if of_bias is not None:
+            of_bias = of_bias.to(weight.dtype)
+        return loss, of_features, of_weight, of_bias
+
+    def _teacher(self, begin: int, end: int, out: Tensor | None) -> Any:
+        """Of these rows; logits of a head are made in ``out``."""
+        teacher = self.teacher
+        if isinstance(teacher, tuple):
+            assert out is not None
+            features, weight, bias = teacher
+            _head(features[begin:end], weight, bias, out)
+            return out
+        return _rows(teacher, begin, end)
+
+
+def _head(features: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(features, weight.t(), out=out)
+    else:
+        torch.addmm(bias, features, weight.t(), out=out)
+
+
+def _rows(value: Any, begin: int, end: int) -> Any:
+    """Rows of a tensor, or of an object of tensors by row."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value[begin:end]
+    return type(value)(*(_rows(part, begin, end) for part in vars(value).values()))
+
+
+def linear_kd_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor | TopK | MixedTopK | tuple[Tensor | None, ...] | None,
+    target: Tensor | MixedTarget | None = None,
+    *,
+    memory: float | None = None,
+    row_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    alpha: float | tuple[float, float] = 0.5,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **options: Any,
+) -> Tensor:
+    """:func:`kd_loss` of ``features @ weight.T + bias``, whose logits never exist whole.
+
+    The layer, the loss and their gradients are made a chunk of rows after the other, in memory for
+    two chunks of logits; the backward pass scales the gradients. For many classes (from about
+    20 000), where logits and their gradient are what fills the memory.
+
+    Args:
+        features: What the last layer takes, float32, bfloat16, float16 or float64, shape
+            ``(rows, width)``.
+        weight: The layer's weight, ``(classes, width)``, of the same dtype.
+        bias: Its bias, ``(classes,)``, or None.
+        teacher: As in :func:`kd_loss`; or ``(features, weight)`` or ``(features, weight, bias)`` of
+            the teacher's own last layer, ``(rows, its width)`` and ``(classes, its width)``, in
+            the student's dtype: its logits are made a chunk at a time too.
+        target: As in :func:`kd_loss`.
+        memory: MiB for chunks of logits and their gradient together; None: 48 on a CPU, 256 on a
+            GPU. A chunk has 16 rows at least.
+        row_weight: Weight of each row, :func:`kd_loss`'s ``weight``.
+        class_weight: As in :func:`kd_loss`.
+        alpha: As in :func:`kd_loss`.
+        ignore_index: As in :func:`kd_loss`.
+        reduction: ``"mean"`` or ``"sum"``. The means are those of all rows, whatever the chunks.
+        options: Other options of :func:`kd_loss`: ``loss``, ``temperature``, ``tail`` and so on,
+            without ``gradient``, ``out`` and ``reuse_teacher_buffer``.
+
+    Returns:
+        Loss, float32 (float64 for float64 features), a scalar. Under autocast the layer runs in
+        autocast's dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, or :func:`kd_loss` refuses what it gets.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"linear_kd_loss needs reduction 'mean' or 'sum', got {reduction!r}.")
+    for name in ("gradient", "out", "reuse_teacher_buffer", "weight"):
+        if name in options:
+            raise ValueError(f"linear_kd_loss needs no {name}, got one.")
+    device = features.device.type
+    head: Head | None = None
+    if isinstance(teacher, tuple):
+        head = _head_of(teacher)
+        teacher = None
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        features, weight, bias = _cast(features, weight, bias, dtype)
+        head = None if head is None else _cast(*head, dtype)
+    _check_layer("the student's", features, weight, bias, features)
+    if head is not None:
+        _check_layer("the teacher's", *head, features)
+    distil, label = term_weights(alpha, target is not None, head is not None or teacher is not None)
+    rows, classes = features.shape[0], weight.shape[0]
+    for name, value in (
+        ("teacher", teacher if head is None else head),
+        ("target", target),
+        ("row_weight", row_weight),
+    ):
+        if value is not None and _length(value) != rows:
+            raise ValueError(
+                f"linear_kd_loss needs {name} of as many rows as features, {rows}, got "
+                f"{_length(value)}."
+            )
+    if memory is None:
+        memory = _MEMORY.get(device, _MEMORY["cuda"])
+    if not memory > 0:
+        raise ValueError(f"linear_kd_loss needs memory above 0 MiB, got {memory}.")
+    rows_a_chunk = max(16, int(memory * 2**20) // (2 * classes * features.element_size()))
+
+    # What the sum over all rows is multiplied by. A number goes into the kernel's own weights, but
+    # for 16 bits, where the gradients of a row would round to zero.
+    scale: Tensor | None = None
+    if reduction == "mean" and rows > 0:
+        total: Tensor | float = float(rows)
+        if row_weight is not None:
+            total = row_weight.to(torch.float32).sum()
+            total = torch.where(total == 0, 1, total)
+        if isinstance(total, Tensor) or features.element_size() == 2:
+            scale = torch.as_tensor(1 / total, device=features.device)
+        else:
+            distil, label = distil / total, label / total
+        if target is not None and not (isinstance(target, Tensor) and target.is_floating_point()):
+            # Its own denominator reaches the label term as class weights: no number has to leave
+            # the device.
+            mass = _label_mass(target, row_weight, class_weight, classes, ignore_index)
+            ratio = torch.where(mass == 0, 0, total / torch.where(mass == 0, 1, mass))
+            given = 1 if class_weight is None else class_weight
+            class_weight = (ratio * given).to(torch.float32).expand(classes)
+    chunks = _Chunks(
+        teacher if head is None else head,
+        target,
+        rows_a_chunk,
+        row_weight,
+        class_weight,
+        scale,
+        {"alpha": (distil, label), "ignore_index": ignore_index, **options},
+    )
+    loss: Tensor
+    if torch.is_grad_enabled():
+        loss = _Linear.apply(features, weight, bias, chunks)
+    else:
+        loss = chunks.run(features, weight, bias, (False, False, False))[0]
+    return loss
+
+
+def _head_of(teacher: tuple[Tensor | None, ...]) -> Head:
+    """Features, weight and bias of a teacher's last layer, without their graph."""
+    parts = [None if x is None else x.detach() for x in teacher]
+    if len(parts) == 2:
+        parts.append(None)
+    if len(parts) != 3 or parts[0] is None or parts[1] is None:
+        raise ValueError(
+            "linear_kd_loss needs a teacher of (features, weight) or (features, weight, bias), got "
+            f"{len(teacher)} parts."
+        )
+    return parts[0], parts[1], parts[2]
+
+
+def _cast(features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
+    return features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, tuple):
+        return int(value[0].shape[0])
+    return len(value)
+
+
+def _check_layer(
+    whose: str, features: Tensor, weight: Tensor, bias: Tensor | None, student: Tensor
+) -> None:
+    if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_kd_loss needs {whose} features (rows, width) and weight (classes, width), got "
+            f"{tuple(features.shape)} and {tuple(weight.shape)}."
+        )
+    parts = [features, weight]
+    if isinstance(bias, Tensor):
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"linear_kd_loss needs {whose} bias of shape ({weight.shape[0]},), got "
+                f"{tuple(bias.shape)}."
+            )
+        parts.append(bias)
+    for part in parts:
+        if part.dtype != student.dtype or part.device != student.device:
+            raise ValueError(
+                f"linear_kd_loss needs {whose} layer in one dtype on one device, {student.dtype} "
+                f"on {student.device}, got {part.dtype} on {part.device}."
+            )
+
+
+def _label_mass(
+    target: Tensor | MixedTarget,
+    row_weight: Tensor | None,
+    class_weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+) -> Tensor:
+    """Sum over rows of what their labels count in the mean; a scalar on their device."""
+    halves: list[tuple[Tensor, Tensor | float]]
+    if isinstance(target, MixedTarget):
+        halves = [(target.a, target.lam), (target.b, 1 - target.lam)]
+    else:
+        halves = [(target, 1.0)]
+    mass = torch.zeros((), device=halves[0][0].device)
+    for index, share in halves:
+        counts = (index != ignore_index).to(torch.float32) * share
+        if class_weight is not None:
+            counts = counts * class_weight[index.clamp(0, classes - 1)]
+        if row_weight is not None:
+            counts = counts * row_weight
+        mass = mass + counts.sum()
+    return mass
