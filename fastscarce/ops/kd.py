@@ -167,11 +167,12 @@ def kd_loss(
         dense = given if isinstance(teacher, Tensor) else None
         buffer = buffer_of(out, reuse_teacher_buffer, dense, student, gradient)
     if class_weight is not None and target is not None:
-        class_weight = class_weights_of(class_weight, student)
+        given_weight, class_weight = class_weight, class_weights_of(class_weight, student)
         soft = isinstance(target, Tensor) and target.is_floating_point()
         if soft or label_smoothing > 0:
+            wide = torch.float64 if student.dtype == torch.float64 else torch.float32
             made = weighted_label(
-                target, class_weight, weight, label_smoothing, ignore_index, reduction
+                target, given_weight.to(wide), weight, label_smoothing, ignore_index, reduction
             )
             labels, label_smoothing, class_weight = (made, None, None), 0.0, None
     else:
