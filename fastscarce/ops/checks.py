@@ -248,7 +248,7 @@ def weighted_label(
         place = torch.where(index == ignore_index, 0, index)
         inside = (place >= 0) & (place < label.shape[1])
         # An index outside makes its row NaN, which is found and named afterwards.
-        share = torch.where(inside, share, torch.nan)
+        share = torch.where(inside, share, torch.nan).to(class_weight.dtype)
         place = place.clamp(0, label.shape[1] - 1)
         label = label.scatter_add(1, place[:, None], share[:, None])
         mass = mass + share

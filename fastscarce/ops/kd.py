@@ -170,6 +170,11 @@ def kd_loss(
         given_weight, class_weight = class_weight, class_weights_of(class_weight, student)
         soft = isinstance(target, Tensor) and target.is_floating_point()
         if soft or label_smoothing > 0:
+            if loss == "dkd":
+                raise ValueError(
+                    "kd_loss needs label_smoothing 0 with class_weight and loss 'dkd', got "
+                    f"{label_smoothing}."
+                )
             wide = torch.float64 if student.dtype == torch.float64 else torch.float32
             made = weighted_label(
                 target, given_weight.to(wide), weight, label_smoothing, ignore_index, reduction

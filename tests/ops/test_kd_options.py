@@ -215,6 +215,10 @@ def test_opcheck() -> None:
     [
         ({"class_weight": torch.ones(9)}, r"class_weight of shape \(10,\), .* \(9,\)"),
         ({"class_weight": torch.ones(10, dtype=torch.int64)}, "floating point, got torch.int64"),
+        (
+            {"class_weight": torch.ones(10), "label_smoothing": 0.1, "loss": "dkd"},
+            "label_smoothing 0 with class_weight and loss 'dkd', got 0.1",
+        ),
         ({"out": torch.zeros(4, 9)}, r"out of the student's shape.*\(4, 9\)"),
         ({"out": torch.zeros(4, 10).double()}, "got .* torch.float64"),
         ({"out": torch.zeros(10, 4).t()}, "contiguous out"),
