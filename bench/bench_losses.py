@@ -1,7 +1,7 @@
 """The other losses beside their peers: forward and backward, float32, two threads.
 
-JSD and DKD beside eager PyTorch and torch.compile; TopK teachers beside a dense teacher; the fused
-head beside the layer and its loss one after the other.
+JSD, DKD and DIST beside eager PyTorch and torch.compile; TopK teachers beside a dense teacher; the
+fused head beside the layer and its loss one after the other.
 
 Run ``python bench/bench_losses.py``. Methods take turns on the same tensors, memory is warm, as in
 bench_kd_loss.py. The peak of the head is the resident memory above what was there before the step,
@@ -64,6 +64,17 @@ def eager_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     return ALPHA * distil + (1 - ALPHA) * F.cross_entropy(student, target)
 
 
+def eager_dist(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    q, p = (F.softmax(x / TEMPERATURE, 1) for x in (student, teacher))
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8).mean()
+
+    distil = TEMPERATURE**2 * (apart(q, p) + apart(q.T, p.T))
+    return ALPHA * distil + (1 - ALPHA) * F.cross_entropy(student, target)
+
+
 def turns(steps: dict[str, Step], seconds: float) -> dict[str, float]:
     """Medians in milliseconds of steps that take turns, at least 5 of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -87,7 +98,7 @@ def losses(rows: int, classes: int, seconds: float) -> list[dict[str, Any]]:
         return lambda: torch.autograd.grad(of(student, *arguments, **options), student)
 
     ours: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
-    for name, eager in (("jsd", eager_jsd), ("dkd", eager_dkd)):
+    for name, eager in (("jsd", eager_jsd), ("dkd", eager_dkd), ("dist", eager_dist)):
         with torch.no_grad():
             same = kd_loss(student, teacher, target, loss=name, **ours)
             torch.testing.assert_close(same, eager(student, teacher, target), rtol=1e-3, atol=1e-4)

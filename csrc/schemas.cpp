@@ -36,6 +36,9 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
   m.def(
       "confidence(Tensor logits, float threshold, float temperature) -> (Tensor label, "
       "Tensor confidence, Tensor margin, Tensor entropy, Tensor mask)");
+  m.def(
+      "dist_loss(Tensor student, Tensor teacher, float temperature, float inter, float intra, "
+      "bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
   m.def("kd_loss_backward(Tensor gradient, Tensor factor, Tensor upstream) -> Tensor");
   m.def("kd_loss_backward_(Tensor(a!) gradient, Tensor factor, Tensor upstream) -> ()");
 }

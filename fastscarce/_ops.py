@@ -236,7 +236,7 @@ def _kd_loss_gradient(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[
 
 def _no_second_gradient(ctx: Any, *unused: Any) -> tuple[Any, ...]:
     raise RuntimeError(
-        "kd_loss made its gradient in the forward pass, which can't be differentiated again; pass "
+        "The loss made its gradient in the forward pass, which can't be differentiated again; pass "
         "gradient='recompute' (outside torch.compile)."
     )
 
@@ -275,3 +275,30 @@ def _confidence_fake(
         logits.new_empty((rows,), dtype=dtype),
         logits.new_empty((rows,), dtype=torch.bool),
     )
+
+
+# ---- dist_loss; its gradient is scaled by kd_loss_backward
+
+
+@torch.library.register_fake("fastscarce::dist_loss")
+def _dist_loss_fake(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    inter: float,
+    intra: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = student.shape
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    gradient = student.new_empty((rows if with_gradient else 0, classes))
+    return student.new_empty((), dtype=dtype), gradient, student.new_empty((), dtype=dtype)
+
+
+def _dist_loss_gradient(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    return _kd_loss_gradient(ctx, upstream)[:6]
+
+
+torch.library.register_autograd(
+    "fastscarce::dist_loss", _dist_loss_gradient, setup_context=_kd_loss_save
+)

@@ -11,6 +11,7 @@
 #include <functional>
 #include <vector>
 
+#include "dist.h"
 #include "kd_loss.h"
 #include "selection.h"
 
@@ -30,6 +31,7 @@ namespace fastscarce::cpu::avx2 {
 #include "../math/divergence.h"
 #include "../math/selection.h"
 #include "../math/topk_teacher.h"
+#include "../math/dist.h"
 #include "vec_avx2.inl"
 #include "vec_math.inl"
 #include "block8.inl"
@@ -41,11 +43,15 @@ namespace fastscarce::cpu::avx2 {
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"
 #include "selection.inl"
+#include "dist_lanes.inl"
+#include "dist.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
 
 SelectionKernels selection_kernels(bool) { return Selection<Vec, Exponential>::kernels(); }
+
+DistKernels dist_kernels(bool) { return Dist<Vec, Exponential>::kernels(); }
 
 }  // namespace fastscarce::cpu::avx2
 

@@ -12,6 +12,7 @@
 #include <functional>
 #include <vector>
 
+#include "dist.h"
 #include "kd_loss.h"
 #include "selection.h"
 
@@ -31,6 +32,7 @@ namespace fastscarce::cpu::emulated {
 #include "../math/divergence.h"
 #include "../math/selection.h"
 #include "../math/topk_teacher.h"
+#include "../math/dist.h"
 namespace half {
 #include "vec_avx2.inl"
 }  // namespace half
@@ -45,11 +47,15 @@ namespace half {
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"
 #include "selection.inl"
+#include "dist_lanes.inl"
+#include "dist.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool) { return Kd<Vec, Exponential>::kernels(); }
 
 SelectionKernels selection_kernels(bool) { return Selection<Vec, Exponential>::kernels(); }
+
+DistKernels dist_kernels(bool) { return Dist<Vec, Exponential>::kernels(); }
 
 }  // namespace fastscarce::cpu::emulated
 

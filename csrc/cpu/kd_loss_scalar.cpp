@@ -9,6 +9,7 @@
 #include <functional>
 #include <vector>
 
+#include "dist.h"
 #include "kd_loss.h"
 #include "selection.h"
 
@@ -22,6 +23,7 @@ namespace fastscarce::cpu::scalar {
 #include "../math/divergence.h"
 #include "../math/selection.h"
 #include "../math/topk_teacher.h"
+#include "../math/dist.h"
 #include "vec_scalar.inl"
 #include "convert.inl"
 #include "kd_label.inl"
@@ -29,6 +31,7 @@ namespace fastscarce::cpu::scalar {
 #include "divergence.inl"
 #include "kd_topk.inl"
 #include "selection.inl"
+#include "dist.inl"
 // clang-format on
 
 KdKernels kd_kernels(bool float64) {
@@ -39,6 +42,11 @@ KdKernels kd_kernels(bool float64) {
 SelectionKernels selection_kernels(bool float64) {
   return float64 ? Selection<Lane<double>, LaneExponential<double>>::kernels()
                  : Selection<Lane<float>, LaneExponential<float>>::kernels();
+}
+
+DistKernels dist_kernels(bool float64) {
+  return float64 ? Dist<Lane<double>, LaneExponential<double>>::kernels()
+                 : Dist<Lane<float>, LaneExponential<float>>::kernels();
 }
 
 }  // namespace fastscarce::cpu::scalar

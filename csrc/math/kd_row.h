@@ -12,7 +12,7 @@
 // Included inside the namespace of its user (each CPU instruction set, CUDA), so that every copy is
 // compiled for that target alone: no include and no namespace here. The user includes <math.h>
 // first and defines FS_HD ("__host__ __device__" under nvcc) and, for vectors, logarithm,
-// exponential, maximum and select.
+// exponential, maximum, minimum and select.
 
 FS_HD inline float logarithm(float x) { return logf(x); }
 FS_HD inline double logarithm(double x) { return log(x); }
@@ -20,6 +20,8 @@ FS_HD inline float exponential(float x) { return expf(x); }
 FS_HD inline double exponential(double x) { return exp(x); }
 FS_HD inline float maximum(float a, float b) { return a > b ? a : b; }
 FS_HD inline double maximum(double a, double b) { return a > b ? a : b; }
+FS_HD inline float minimum(float a, float b) { return a < b ? a : b; }
+FS_HD inline double minimum(double a, double b) { return a < b ? a : b; }
 // `a` where `condition` is not zero (NaN is not zero), else `b`.
 FS_HD inline float select(float condition, float a, float b) { return condition != 0 ? a : b; }
 FS_HD inline double select(double condition, double a, double b) { return condition != 0 ? a : b; }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fastscarce.ops import converters
+from fastscarce.ops.dist import dist_loss
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.linear import linear_kd_loss
-from fastscarce.ops.modules import KDLoss
+from fastscarce.ops.modules import DistLoss, KDLoss
 from fastscarce.ops.selection import Confidence, confidence, topk
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 from fastscarce.ops.weighted import CrossEntropyLoss, TokenDistillationLoss, WeightedKDLoss
@@ -13,6 +14,7 @@ from fastscarce.ops.weighted import CrossEntropyLoss, TokenDistillationLoss, Wei
 __all__ = [
     "Confidence",
     "CrossEntropyLoss",
+    "DistLoss",
     "KDLoss",
     "MixedTarget",
     "MixedTopK",
@@ -21,6 +23,7 @@ __all__ = [
     "WeightedKDLoss",
     "confidence",
     "converters",
+    "dist_loss",
     "kd_loss",
     "linear_kd_loss",
     "topk",

@@ -20,6 +20,7 @@ from fastscarce.ops.checks import (
     topk_arguments,
     weighted_label,
 )
+from fastscarce.ops.dist import dist_loss
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
 __all__ = ["kd_loss"]
@@ -43,6 +44,8 @@ def kd_loss(
     skew: float = 0.1,
     dkd_alpha: float = 1.0,
     dkd_beta: float = 8.0,
+    inter: float = 1.0,
+    intra: float = 1.0,
     threshold: float = 0.0,
     t_squared: bool = True,
     weight: Tensor | None = None,
@@ -68,7 +71,11 @@ def kd_loss(
       apart from the rest; a row without a label has the second part alone;
     - ``"logit_standard"``: KL of logits less their mean, divided by their standard deviation
       (+ 1e-7, over classes - 1), then by ``T`` (Sun et al., CVPR 2024). Logits of -inf are left
-      out of both.
+      out of both;
+    - ``"dist"``: ``inter`` times the mean over rows, plus ``intra`` times the mean over columns, of
+      1 - Pearson's correlation (Huang et al., NeurIPS 2022), see :func:`dist_loss`. A batch's loss,
+      not a mean of rows': of the options below it takes the label's, ``temperature``, ``alpha``,
+      ``t_squared`` and ``gradient`` (``"auto"`` and ``"in_forward"`` hold two gradients).
 
     With ``reduction="mean"`` each term is a weighted mean over rows with a denominator
     of its own: the distillation term over all rows, the label term over labelled rows. A term
@@ -96,6 +103,8 @@ def kd_loss(
         skew: Share of ``p`` in the mixture of ``"skew_kl"``, in 0 to 1, 1 left out.
         dkd_alpha: Weight of TCKD in ``"dkd"``, not negative.
         dkd_beta: Weight of NCKD in ``"dkd"``, not negative.
+        inter: Weight of the rows' correlations in ``"dist"``, not negative.
+        intra: Weight of the columns' correlations in ``"dist"``, not negative.
         threshold: Rows whose largest ``p`` (of a :class:`MixedTopK`: the mean of both, weighted) is
             below it have no distillation term, in 0 to 1. They
             count in the mean all the same, as in FixMatch.
@@ -134,10 +143,34 @@ def kd_loss(
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015),
     section 2.
     """
+    if loss == "dist":
+        if teacher is not None:
+            return _dist_and_label(
+                student,
+                teacher,
+                target,
+                dist={"temperature": temperature, "inter": inter, "intra": intra},
+                alpha=alpha,
+                t_squared=t_squared,
+                refused={
+                    "threshold": (threshold, 0.0),
+                    "weight": (weight, None),
+                    "reduction": (reduction, "mean"),
+                    "out": (out, None),
+                    "reuse_teacher_buffer": (reuse_teacher_buffer, False),
+                },
+                label={
+                    "class_weight": class_weight,
+                    "label_smoothing": label_smoothing,
+                    "ignore_index": ignore_index,
+                },
+                gradient=gradient,
+            )
+        loss = "kl"  # without a teacher the label term alone
     if loss not in LOSSES:
         raise ValueError(
-            "kd_loss needs loss to be 'kl', 'reverse_kl', 'jsd', 'skew_kl', 'dkd' or "
-            f"'logit_standard', got {loss!r}."
+            "kd_loss needs loss to be 'kl', 'reverse_kl', 'jsd', 'skew_kl', 'dkd', "
+            f"'logit_standard' or 'dist', got {loss!r}."
         )
     if gradient not in ("auto", "in_forward", "recompute"):
         raise ValueError(
@@ -218,3 +251,32 @@ def kd_loss(
     if not student.is_cuda:
         check_indices(result, target, teacher, student.shape[1], ignore_index)
     return result
+
+
+def _dist_and_label(
+    student: Tensor,
+    teacher: Tensor | TopK | MixedTopK,
+    target: Tensor | MixedTarget | None,
+    *,
+    dist: dict[str, Any],
+    alpha: float | tuple[float, float],
+    t_squared: bool,
+    refused: dict[str, tuple[Any, Any]],
+    label: dict[str, Any],
+    gradient: str,
+) -> Tensor:
+    """DIST is a matter of all rows, so it is an operator of its own beside the label term's."""
+    for name, (given, wanted) in refused.items():
+        if given is not wanted and (isinstance(given, Tensor) or given != wanted):
+            got = "a tensor" if isinstance(given, Tensor) else repr(given)
+            raise ValueError(f"kd_loss needs {name}={wanted!r} for loss 'dist', got {got}.")
+    if not isinstance(teacher, Tensor):
+        raise ValueError("kd_loss needs loss 'kl' with a TopK teacher, got 'dist'.")
+    shares = term_weights(alpha, target is not None, True)
+    dist["inter"], dist["intra"] = shares[0] * dist["inter"], shares[0] * dist["intra"]
+    distil = dist_loss(student, teacher, t_squared=t_squared, gradient=gradient, **dist)
+    if target is None:
+        return distil
+    return distil + kd_loss(
+        student, None, target, alpha=(0.0, shares[1]), gradient=gradient, **label
+    )

@@ -209,6 +209,8 @@ def linear_kd_loss(
     for name in ("gradient", "out", "reuse_teacher_buffer", "weight"):
         if name in options:
             raise ValueError(f"linear_kd_loss needs no {name}, got one.")
+    if options.get("loss") == "dist":
+        raise ValueError("linear_kd_loss needs a loss of rows, got 'dist', which needs all rows.")
     device = features.device.type
     head: Head | None = None
     if isinstance(teacher, tuple):

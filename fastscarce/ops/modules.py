@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastscarce.ops.dist import dist_loss
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
-__all__ = ["KDLoss"]
+__all__ = ["DistLoss", "KDLoss"]
 
 
 class KDLoss(nn.Module):
@@ -29,6 +30,8 @@ class KDLoss(nn.Module):
         skew: float = 0.1,
         dkd_alpha: float = 1.0,
         dkd_beta: float = 8.0,
+        inter: float = 1.0,
+        intra: float = 1.0,
         threshold: float = 0.0,
         t_squared: bool = True,
         class_weight: Tensor | None = None,
@@ -46,6 +49,8 @@ class KDLoss(nn.Module):
         self.skew = skew
         self.dkd_alpha = dkd_alpha
         self.dkd_beta = dkd_beta
+        self.inter = inter
+        self.intra = intra
         self.threshold = threshold
         self.t_squared = t_squared
         self.class_weight: Tensor | None
@@ -79,6 +84,8 @@ class KDLoss(nn.Module):
             skew=self.skew,
             dkd_alpha=self.dkd_alpha,
             dkd_beta=self.dkd_beta,
+            inter=self.inter,
+            intra=self.intra,
             threshold=self.threshold,
             t_squared=self.t_squared,
             class_weight=self.class_weight,
@@ -93,3 +100,42 @@ class KDLoss(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"{self.loss!r}, temperature={self.temperature}, alpha={self.alpha}"
+
+
+class DistLoss(nn.Module):
+    """:func:`fastscarce.ops.dist_loss` with its options kept; same names, defaults and errors.
+
+    ``forward(student, teacher)`` gives the loss. No parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        inter: float = 1.0,
+        intra: float = 1.0,
+        t_squared: bool = True,
+        gradient: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.inter = inter
+        self.intra = intra
+        self.t_squared = t_squared
+        self.gradient = gradient
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of a batch; shapes and dtypes as in :func:`fastscarce.ops.dist_loss`."""
+        return dist_loss(
+            student,
+            teacher,
+            temperature=self.temperature,
+            inter=self.inter,
+            intra=self.intra,
+            t_squared=self.t_squared,
+            gradient=self.gradient,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"temperature={self.temperature}, inter={self.inter}, intra={self.intra}"

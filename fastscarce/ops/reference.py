@@ -12,6 +12,8 @@ from torch import Tensor
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
 __all__ = [
+    "dist_loss",
+    "dist_rows",
     "dkd_rows",
     "kd_loss",
     "kl_rows",
@@ -147,6 +149,40 @@ def topk_rows(
     return temperature**2 * rows.sum(1), sure_of.gather(1, indices).amax(1)
 
 
+def dist_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - rho`` of each row, ``rho = <a0, b0> / (|a0| |b0| + 1e-8)``, both less their means.
+
+    The norm of a constant row has gradient 0.
+    """
+    a0, b0 = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+
+    def norm(x: Tensor) -> Tensor:
+        square = x.square().sum(1)
+        some = square != 0
+        return torch.where(some, torch.where(some, square, 1).sqrt(), 0)
+
+    return 1 - (a0 * b0).sum(1) / (norm(a0) * norm(b0) + 1e-8)
+
+
+def dist_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    inter: float = 1.0,
+    intra: float = 1.0,
+    t_squared: bool = True,
+) -> Tensor:
+    """Twin of :func:`fastscarce.ops.dist_loss`; same arguments and result, no checks."""
+    if student.shape[0] == 0:
+        return student.sum()
+    q = (student / temperature).softmax(1)
+    p = (teacher.to(student.dtype) / temperature).softmax(1)
+    scale = temperature**2 if t_squared else 1.0
+    rows, columns = dist_rows(q, p).mean(), dist_rows(q.T, p.T).mean()
+    return scale * (inter * rows + intra * columns)
+
+
 def label_rows(
     student: Tensor,
     target: Tensor | MixedTarget,
@@ -200,6 +236,8 @@ def kd_loss(
     skew: float = 0.1,
     dkd_alpha: float = 1.0,
     dkd_beta: float = 8.0,
+    inter: float = 1.0,
+    intra: float = 1.0,
     threshold: float = 0.0,
     t_squared: bool = True,
     weight: Tensor | None = None,
@@ -209,6 +247,26 @@ def kd_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Twin of :func:`fastscarce.ops.kd_loss`; same arguments and result, no checks."""
+    if loss == "dist" and teacher is not None:
+        whole = dist_loss(
+            student,
+            teacher,  # type: ignore[arg-type]
+            temperature=temperature,
+            inter=inter,
+            intra=intra,
+            t_squared=t_squared,
+        )
+        if target is None:
+            return whole
+        label = kd_loss(
+            student,
+            None,
+            target,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+        return alpha * whole + (1 - alpha) * label
     rows = student.shape[0]
     weights = student.new_ones(rows) if weight is None else weight.to(student.dtype)
     distil = label = student.new_zeros(rows)

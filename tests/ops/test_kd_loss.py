@@ -431,7 +431,7 @@ def good() -> dict[str, Any]:
         ({"alpha": 1.5}, "alpha in 0 to 1, got 1.5"),
         ({"label_smoothing": -0.1}, "label_smoothing in 0 to 1"),
         ({"reduction": "batchmean"}, "'mean', 'sum' or 'none', got 'batchmean'"),
-        ({"loss": "l2"}, "dkd' or 'logit_standard', got 'l2'"),
+        ({"loss": "l2"}, "'logit_standard' or 'dist', got 'l2'"),
     ],
 )
 def test_refusals(change: dict[str, Any], words: str) -> None:
