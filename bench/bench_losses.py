@@ -209,7 +209,7 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |")
     print(f"\nfused head: {found['head']}")
     record = {
-        "command": "python bench/bench_losses.py",
+        "command": f"python bench/bench_losses.py --seconds {arguments.seconds:g}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor(),
         "cores": os.cpu_count(),
