@@ -7,7 +7,6 @@ where a row is no longer a lane; several pieces of rows, and pieces that are not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastscarce import _ops
 from fastscarce.ops import DistLoss, KDLoss, TopK, dist_loss, kd_loss, reference
 
 SHAPES = [(5, 3), (11, 10), (33, 100), (300, 17), (70, 1001), (1, 7), (9, 1), (1100, 65)]
-
-
-def _runs(name: str) -> bool:
-    try:
-        return _ops.set_isa(name) == name
-    except ValueError:
-        return False
-    finally:
-        _ops.set_isa("")
-
-
-ISAS = [name for name in ("scalar", "avx2", "avx512", "avx512-emulated") if _runs(name)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield _ops.set_isa(request.param)
-    _ops.set_isa("")
 
 
 def example(rows: int, classes: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -6,36 +6,16 @@ Class counts: part of a vector, whole vectors, a tail, and a row larger than a c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastscarce import _ops
 from fastscarce.ops import MixedTarget, kd_loss, reference
 
 LOSSES = ["reverse_kl", "jsd", "skew_kl", "dkd", "logit_standard"]
 FORMS = ["index", "mixed", "dense", "none"]
-
-
-def _runs(name: str) -> bool:
-    try:
-        return _ops.set_isa(name) == name
-    except ValueError:
-        return False
-    finally:
-        _ops.set_isa("")
-
-
-ISAS = [name for name in ("scalar", "avx2", "avx512", "avx512-emulated") if _runs(name)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield _ops.set_isa(request.param)
-    _ops.set_isa("")
 
 
 def example(rows: int, classes: int, form: str = "index", spread: float = 2.0) -> Any:

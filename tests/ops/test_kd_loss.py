@@ -8,36 +8,16 @@ two chunks, 21841 many (and, with few rows, parts on several threads).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastscarce import _ops
 from fastscarce.ops import MixedTarget, kd_loss, reference
 
 CLASSES = [1, 2, 3, 7, 8, 10, 31, 33, 64, 65, 100, 365, 1000, 1001, 1023, 1025, 21841]
 FORMS = ["index", "mixed", "dense", "none", "no_teacher"]
-
-
-def _runs(name: str) -> bool:
-    try:
-        return _ops.set_isa(name) == name
-    except ValueError:
-        return False
-    finally:
-        _ops.set_isa("")
-
-
-ISAS = [name for name in ("scalar", "avx2", "avx512", "avx512-emulated") if _runs(name)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield _ops.set_isa(request.param)
-    _ops.set_isa("")
 
 
 def example(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,28 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastscarce import _ops
 from fastscarce.ops import KDLoss, MixedTarget, kd_loss, reference, topk
 
 LOSSES = ["kl", "reverse_kl", "jsd", "skew_kl", "dkd", "logit_standard"]
-
-
-def _runs(name: str) -> bool:
-    try:
-        return _ops.set_isa(name) == name
-    except ValueError:
-        return False
-    finally:
-        _ops.set_isa("")
-
-
-ISAS = [name for name in ("scalar", "avx2", "avx512", "avx512-emulated") if _runs(name)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield _ops.set_isa(request.param)
-    _ops.set_isa("")
 
 
 def example(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

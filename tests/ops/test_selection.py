@@ -7,35 +7,15 @@ and many pieces of a sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastscarce import _ops
 from fastscarce.ops import TopK, confidence, topk
 
 CLASSES = [1, 2, 7, 8, 10, 16, 31, 100, 1000, 1001, 5000]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def _runs(name: str) -> bool:
-    try:
-        return _ops.set_isa(name) == name
-    except ValueError:
-        return False
-    finally:
-        _ops.set_isa("")
-
-
-ISAS = [name for name in ("scalar", "avx2", "avx512", "avx512-emulated") if _runs(name)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield _ops.set_isa(request.param)
-    _ops.set_isa("")
 
 
 def normal(rows: int, classes: int, spread: float = 3.0) -> Tensor:

@@ -6,35 +6,15 @@ Class counts: a row of part of a vector, whole vectors, a tail, one chunk of kd_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastscarce import _ops
 from fastscarce.ops import KDLoss, MixedTarget, MixedTopK, TopK, kd_loss, reference, topk
 
 TAILS = ["uniform", "renorm", "tail", "support"]
-
-
-def _runs(name: str) -> bool:
-    try:
-        return _ops.set_isa(name) == name
-    except ValueError:
-        return False
-    finally:
-        _ops.set_isa("")
-
-
-ISAS = [name for name in ("scalar", "avx2", "avx512", "avx512-emulated") if _runs(name)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield _ops.set_isa(request.param)
-    _ops.set_isa("")
 
 
 def normal(rows: int, classes: int, seed: int = 0) -> Tensor:
