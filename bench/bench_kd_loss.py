@@ -138,6 +138,25 @@ def processor() -> str:
     return platform.processor()
 
 
+def environment() -> dict[str, Any]:
+    """What figures hold for: command, date, machine, versions."""
+    return {
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "threads": THREADS,
+        "instruction_set": _ops.isa(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchdistill": version("torchdistill"),
+        "dtype": "float32",
+        "temperature": TEMPERATURE,
+        "alpha": ALPHA,
+    }
+
+
 def shape(text: str) -> tuple[int, int]:
     rows, classes = text.split("x")
     return int(rows), int(classes)
@@ -167,22 +186,7 @@ def main() -> None:
             {"warm": "Memory warm", "as_it_comes": "Memory as it comes"}[name], tables[name]
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": shlex.join(["python", "bench/bench_kd_loss.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "threads": THREADS,
-        "instruction_set": _ops.isa(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchdistill": version("torchdistill"),
-        "dtype": "float32",
-        "temperature": TEMPERATURE,
-        "alpha": ALPHA,
-        **tables,
-    }
+    record = {**environment(), **tables}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -11,10 +11,8 @@ watched by a thread, with the gradients of features, weight and bias (the same f
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,10 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_kd_loss import ALPHA, SHAPES, TEMPERATURE, THREADS, WARM, processor, tensors
+from bench_kd_loss import ALPHA, SHAPES, TEMPERATURE, THREADS, WARM, environment, tensors
 from torch import Tensor
 
-from fastscarce import _ops
 from fastscarce.ops import kd_loss, linear_kd_loss, topk
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
@@ -208,20 +205,7 @@ def main() -> None:
         cells.append(", ".join(f"{value / ms['fastscarce']:.1f}" for value in others.values()))
         print(f"| {' | '.join(cells)} |")
     print(f"\nfused head: {found['head']}")
-    record = {
-        "command": f"python bench/bench_losses.py --seconds {arguments.seconds:g}",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "threads": THREADS,
-        "instruction_set": _ops.isa(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dtype": "float32",
-        **found,
-    }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({**environment(), **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -90,31 +90,7 @@ def cuda_status() -> str:
     return _CUDA_STATUS
 
 
-# ---- kd_loss
-
-
-@torch.library.register_fake("fastscarce::kd_loss")
-def _kd_loss_fake(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    partner: Tensor | None,
-    share: Tensor | None,
-    weight: Tensor | None,
-    class_weight: Tensor | None,
-    divergence: int,
-    first: float,
-    second: float,
-    temperature: float,
-    distillation: float,
-    label: float,
-    label_smoothing: float,
-    threshold: float,
-    ignore_index: int,
-    reduction: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _kd_results(student, reduction, with_gradient)
+# ---- kd_loss; the gradients of dist_loss are scaled as its own are
 
 
 def _kd_results(
@@ -127,84 +103,18 @@ def _kd_results(
     return loss, gradient, student.new_empty((), dtype=dtype)
 
 
+# The arguments end in `reduction` and in `with_gradient` or where the gradient goes: schemas.cpp.
 @torch.library.register_fake("fastscarce::kd_loss_topk")
-def _kd_loss_topk_fake(
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    log_tail: Tensor,
-    second_indices: Tensor | None,
-    second_log_probs: Tensor | None,
-    second_log_tail: Tensor | None,
-    mix: Tensor | None,
-    target: Tensor | None,
-    partner: Tensor | None,
-    share: Tensor | None,
-    weight: Tensor | None,
-    class_weight: Tensor | None,
-    tail_policy: int,
-    temperature: float,
-    distillation: float,
-    label: float,
-    label_smoothing: float,
-    threshold: float,
-    ignore_index: int,
-    reduction: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.register_fake("fastscarce::kd_loss")
+def _kd_loss_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, with_gradient = arguments
     return _kd_results(student, reduction, with_gradient)
 
 
-@torch.library.register_fake("fastscarce::kd_loss_out")
-def _kd_loss_out_fake(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    partner: Tensor | None,
-    share: Tensor | None,
-    weight: Tensor | None,
-    class_weight: Tensor | None,
-    divergence: int,
-    first: float,
-    second: float,
-    temperature: float,
-    distillation: float,
-    label: float,
-    label_smoothing: float,
-    threshold: float,
-    ignore_index: int,
-    reduction: int,
-    gradient: Tensor,
-) -> tuple[Tensor, Tensor]:
-    loss, _, factor = _kd_results(student, reduction, False)
-    return loss, factor
-
-
 @torch.library.register_fake("fastscarce::kd_loss_topk_out")
-def _kd_loss_topk_out_fake(
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    log_tail: Tensor,
-    second_indices: Tensor | None,
-    second_log_probs: Tensor | None,
-    second_log_tail: Tensor | None,
-    mix: Tensor | None,
-    target: Tensor | None,
-    partner: Tensor | None,
-    share: Tensor | None,
-    weight: Tensor | None,
-    class_weight: Tensor | None,
-    tail_policy: int,
-    temperature: float,
-    distillation: float,
-    label: float,
-    label_smoothing: float,
-    threshold: float,
-    ignore_index: int,
-    reduction: int,
-    gradient: Tensor,
-) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("fastscarce::kd_loss_out")
+def _kd_loss_out_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, _gradient = arguments
     loss, _, factor = _kd_results(student, reduction, False)
     return loss, factor
 
@@ -241,7 +151,7 @@ def _no_second_gradient(ctx: Any, *unused: Any) -> tuple[Any, ...]:
     )
 
 
-for _name in ("kd_loss", "kd_loss_topk"):
+for _name in ("kd_loss", "kd_loss_topk", "dist_loss"):
     torch.library.register_autograd(
         f"fastscarce::{_name}", _kd_loss_gradient, setup_context=_kd_loss_save
     )
@@ -277,7 +187,10 @@ def _confidence_fake(
     )
 
 
-# ---- dist_loss; its gradient is scaled by kd_loss_backward
+# ---- dist_loss
+
+
+_MEAN = 2
 
 
 @torch.library.register_fake("fastscarce::dist_loss")
@@ -289,16 +202,4 @@ def _dist_loss_fake(
     intra: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, classes = student.shape
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    gradient = student.new_empty((rows if with_gradient else 0, classes))
-    return student.new_empty((), dtype=dtype), gradient, student.new_empty((), dtype=dtype)
-
-
-def _dist_loss_gradient(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-    return _kd_loss_gradient(ctx, upstream)[:6]
-
-
-torch.library.register_autograd(
-    "fastscarce::dist_loss", _dist_loss_gradient, setup_context=_kd_loss_save
-)
+    return _kd_results(student, _MEAN, with_gradient)
