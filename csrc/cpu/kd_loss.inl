@@ -17,6 +17,8 @@ struct Kd {
   using Statistics = KdStatistics<A>;
   using Coefficients = KdCoefficients<A>;
   static constexpr int64_t L = V::lanes;
+  // A single sum of 1024 numbers loses digits that 16 sums of 64 keep.
+  static constexpr int64_t kPart = L == 1 ? 128 : kChunk;
 
   // Where the exponentials of a row stay, chunk after chunk.
   struct Kept {
@@ -48,7 +50,7 @@ struct Kd {
       const double t = distils ? c.temperature : 1.0;
       const bool whole = t == double(int64_t(t)) && t <= kHighestPower;
       power = !label ? kNoLabel : whole ? int(t) : kOwnExponential;
-      chunks = c.classes > kChunk ? (c.classes + kChunk - 1) / kChunk : 1;
+      chunks = c.classes > kPart ? (c.classes + kPart - 1) / kPart : 1;
       chunk = ((c.classes + chunks - 1) / chunks + 15) / 16 * 16;
       chunks = (c.classes + chunk - 1) / chunk;
       inverse_temperature = A(1.0 / t);
