@@ -155,7 +155,7 @@ struct Divergences {
           sum_own = sum_own + o;
         }
         if constexpr (!needs_mixture(Name))
-          gaps = multiply_add(p, zero_unless(p, y * rate_t - x * rate_s), gaps);
+          gaps = add_product_unless_zero(p, y * rate_t - x * rate_s, gaps);
         if constexpr (Name == kLogitStandard) {
           const V known = finite_or_zero(x);
           dot_s = multiply_add(e, known, dot_s);

@@ -150,7 +150,7 @@ struct DivergenceLanes {
       teacher_sum = teacher_sum + p;
       if constexpr (!needs_mixture(Name)) {
         const V x = V::load(b.student + c * L) - student_max;
-        gap = multiply_add(p, zero_unless(p, y * teacher_rate - x * student_rate), gap);
+        gap = add_product_unless_zero(p, y * teacher_rate - x * student_rate, gap);
         if constexpr (Name == kLogitStandard)
           teacher_dot = multiply_add(p, finite_or_zero(x), teacher_dot);
       }

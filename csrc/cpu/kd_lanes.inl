@@ -132,7 +132,7 @@ struct Lanes {
         const V y = V::load(b.soft + c * L);
         s.soft_mass = s.soft_mass + y;
         s.soft_dot =
-            multiply_add(y, zero_unless(y, V::load(b.student + c * L) - s.student_max), s.soft_dot);
+            add_product_unless_zero(y, V::load(b.student + c * L) - s.student_max, s.soft_dot);
       }
   }
 
@@ -220,7 +220,7 @@ struct Lanes {
         const V p = student_exp(y);
         s.teacher_sum = s.teacher_sum + p;
         const V gap = y - (V::load(b.student + c * L) - s.student_max);
-        s.gap = multiply_add(p, zero_unless(p, gap), s.gap);
+        s.gap = add_product_unless_zero(p, gap, s.gap);
         if constexpr (Keep) p.store(b.teacher_exp + c * L);
       }
     if constexpr (Power == 1) s.label_sum = s.student_sum;

@@ -61,6 +61,18 @@ struct Kd {
 
   static A finite(A largest) { return largest == A(-INFINITY) ? A(0) : largest; }
 
+  // Asks for the logits that come next, the next chunk's or the next row's, while this chunk is
+  // worked on: the processor's own prefetching stops at every page. A line a vector of 64 bytes.
+  template <bool Teacher>
+  static void ask_ahead(const A* s, const A* t, int64_t i, int64_t n) {
+    if constexpr (L >= 16) {
+      __builtin_prefetch(s + i + n);
+      if constexpr (Teacher) __builtin_prefetch(t + i + n);
+    } else if constexpr (L == 8) {
+      __builtin_prefetch((Teacher && (i & L) ? t : s) + (i & ~L) + n);
+    }
+  }
+
   // ---- statistics of one chunk. Sum: logit_sum too, on the way.
   template <int Power, bool Teacher, bool Keep, bool Sum = false>
   static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
@@ -100,11 +112,12 @@ struct Kd {
         const V y = teacher - teacher_max;
         const V p = student_exp(y);
         teacher_sum = teacher_sum + p;
-        gap = multiply_add(p, zero_unless(p, y - x), gap);
+        gap = add_product_unless_zero(p, y - x, gap);
         if constexpr (Keep) p.store(teacher_kept + i);
       }
     };
     for (int64_t i = 0; i < whole; i += L) {
+      ask_ahead<Teacher>(s, t, i, n);
       if constexpr (Sum) logit_sum = logit_sum + (V::load(s + i) - student_max);
       step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
     }
@@ -142,7 +155,7 @@ struct Kd {
       for (int64_t i = 0; i < whole; i += L) {
         const V label = V::load(y + i);
         mass = mass + label;
-        dot = multiply_add(label, zero_unless(label, V::load(s + i) - student_max), dot);
+        dot = add_product_unless_zero(label, V::load(s + i) - student_max, dot);
       }
       out.soft_mass = sum_of(mass);
       out.soft_dot = sum_of(dot);
@@ -165,7 +178,7 @@ struct Kd {
       if constexpr (Power > 1) g = subtract_multiply(g, label, power<Power>(e));
       if constexpr (Power == kOwnExponential)
         g = subtract_multiply(g, label, V::load(label_kept + i));
-      return multiply_add(student, e, zero - g);
+      return multiply_subtract(student, e, g);
     };
     int64_t i = 0;
     if (stream && n >= L) {

@@ -149,7 +149,7 @@ struct TopKRows {
       const V x = (V::load(named.logit + i) - top) * rate;
       const V v = V::load(named.delta + i) + add;
       const V y = mixture ? zero : V::load(named.shift + i);
-      gap = multiply_add(v, zero_unless(v, y - x), gap);
+      gap = add_product_unless_zero(v, y - x, gap);
     }
     return sum_of(gap);
   }

@@ -151,7 +151,7 @@ struct Selection {
         sweep(x, from, std::min(from + kPiece, call.classes), [&](V v, int64_t) {
           const V e = exp_of(v - shift);
           part = part + e;
-          part_dot = multiply_add(e, zero_unless(e, v - shift), part_dot);
+          part_dot = add_product_unless_zero(e, v - shift, part_dot);
         });
         sum += double(sum_of(part));
         dot += double(sum_of(part_dot));

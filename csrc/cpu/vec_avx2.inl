@@ -42,6 +42,10 @@ inline Vec select(Vec condition, Vec a, Vec b) {
 inline Vec zero_unless(Vec condition, Vec a) {
   return _mm256_and_ps(_mm256_cmp_ps(condition.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), a.v);
 }
+// c + a * b where a is not 0, else c.
+inline Vec add_product_unless_zero(Vec a, Vec b, Vec c) {
+  return multiply_add(a, zero_unless(a, b), c);
+}
 inline Vec root(Vec a) { return _mm256_sqrt_ps(a.v); }
 // `a` where x and y are equal, else 0.
 inline Vec where_equal(Vec x, Vec y, Vec a) {
@@ -58,9 +62,14 @@ inline uint32_t above(Vec x, Vec y) {
 inline uint32_t equal(Vec x, Vec y) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.v, y.v, _CMP_EQ_OQ)));
 }
-// The low nine bits of each number's pattern, moved up to sign and exponent.
-inline Vec low_bits_to_exponent(Vec x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23));
+// 2^((n - 1016) / 8) of the low eleven bits n of each number's pattern. The table holds mantissas
+// less the three bits that the shift brings along.
+inline Vec power_of_eighths(Vec x) {
+  const __m256i mantissas =
+      _mm256_setr_epi32(0, -0x46a3e, -0x7c810, -0xa0129, -0xafb0c, -0xa98d6, -0x8bb03, -0x53f39);
+  const __m256i bits = _mm256_castps_si256(x.v);
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(mantissas, bits)));
 }
 // x = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)); x positive and normal.
 inline Vec split(Vec x, Vec* exponent) {

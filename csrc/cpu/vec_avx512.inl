@@ -40,6 +40,11 @@ inline Vec zero_unless(Vec condition, Vec a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
                              a.v);
 }
+// c + a * b where a is not 0, else c.
+inline Vec add_product_unless_zero(Vec a, Vec b, Vec c) {
+  return _mm512_mask3_fmadd_ps(a.v, b.v, c.v,
+                               _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+}
 inline Vec root(Vec a) { return _mm512_sqrt_ps(a.v); }
 // `a` where x and y are equal, else 0.
 inline Vec where_equal(Vec x, Vec y, Vec a) {
@@ -52,9 +57,14 @@ inline Vec where_below(Vec x, Vec y, Vec a) {
 // Bit i: lane i of x is above, or equal to, that of y; no NaN is.
 inline uint32_t above(Vec x, Vec y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_GT_OQ); }
 inline uint32_t equal(Vec x, Vec y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ); }
-// The low nine bits of each number's pattern, moved up to sign and exponent.
-inline Vec low_bits_to_exponent(Vec x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23));
+// 2^((n - 1016) / 8) of the low eleven bits n of each number's pattern. The table holds mantissas
+// less the three bits that the shift brings along.
+inline Vec power_of_eighths(Vec x) {
+  const __m512i mantissas = _mm512_broadcast_i64x4(
+      _mm256_setr_epi32(0, -0x46a3e, -0x7c810, -0xa0129, -0xafb0c, -0xa98d6, -0x8bb03, -0x53f39));
+  const __m512i bits = _mm512_castps_si512(x.v);
+  return _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_slli_epi32(bits, 20), _mm512_permutexvar_epi32(bits, mantissas)));
 }
 // x = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)); x positive and normal.
 inline Vec split(Vec x, Vec* exponent) {

@@ -52,6 +52,9 @@ inline Vec select(Vec condition, Vec a, Vec b) {
 inline Vec zero_unless(Vec condition, Vec a) {
   return {zero_unless(condition.low, a.low), zero_unless(condition.high, a.high)};
 }
+inline Vec add_product_unless_zero(Vec a, Vec b, Vec c) {
+  return multiply_add(a, zero_unless(a, b), c);
+}
 inline Vec root(Vec a) { return {root(a.low), root(a.high)}; }
 inline Vec where_equal(Vec x, Vec y, Vec a) {
   return {where_equal(x.low, y.low, a.low), where_equal(x.high, y.high, a.high)};
@@ -61,9 +64,7 @@ inline Vec where_below(Vec x, Vec y, Vec a) {
 }
 inline uint32_t above(Vec x, Vec y) { return above(x.low, y.low) | above(x.high, y.high) << 8; }
 inline uint32_t equal(Vec x, Vec y) { return equal(x.low, y.low) | equal(x.high, y.high) << 8; }
-inline Vec low_bits_to_exponent(Vec x) {
-  return {low_bits_to_exponent(x.low), low_bits_to_exponent(x.high)};
-}
+inline Vec power_of_eighths(Vec x) { return {power_of_eighths(x.low), power_of_eighths(x.high)}; }
 inline Vec split(Vec x, Vec* exponent) {
   return {split(x.low, &exponent->low), split(x.high, &exponent->high)};
 }

@@ -34,6 +34,10 @@ Lane<A> multiply_add(Lane<A> a, Lane<A> b, Lane<A> c) {
   return Lane<A>(a.v * b.v + c.v);
 }
 template <class A>
+Lane<A> multiply_subtract(Lane<A> a, Lane<A> b, Lane<A> c) {
+  return Lane<A>(a.v * b.v - c.v);
+}
+template <class A>
 Lane<A> subtract_multiply(Lane<A> c, Lane<A> a, Lane<A> b) {
   return Lane<A>(c.v - a.v * b.v);
 }
@@ -64,6 +68,10 @@ uint32_t equal(Lane<A> x, Lane<A> y) {
 template <class A>
 Lane<A> zero_unless(Lane<A> condition, Lane<A> a) {
   return Lane<A>(condition.v != 0 ? a.v : A(0));
+}
+template <class A>
+Lane<A> add_product_unless_zero(Lane<A> a, Lane<A> b, Lane<A> c) {
+  return a.v != 0 ? multiply_add(a, b, c) : c;
 }
 template <class A>
 Lane<A> operator/(Lane<A> a, Lane<A> b) {
