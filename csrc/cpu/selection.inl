@@ -126,26 +126,50 @@ struct Selection {
     }
   }
 
+  // The largest logit; of(vector) of every vector. Four maxima, so that a comparison does not wait
+  // for the one before. NaN has no order and may be passed over.
+  template <class Of>
+  static A largest(const A* x, int64_t classes, Of of) {
+    V tops[4] = {V(A(-INFINITY)), V(A(-INFINITY)), V(A(-INFINITY)), V(A(-INFINITY))};
+    const auto take = [&](V v, V& top) {
+      top = maximum(top, v);
+      of(v);
+    };
+    int64_t i = 0;
+    for (; i + 4 * L <= classes; i += 4 * L)
+      for (int k = 0; k < 4; ++k) take(V::load(x + i + k * L), tops[k]);
+    sweep(x, i, classes, [&](V v, int64_t) { take(v, tops[0]); });
+    return maximum_of(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])));
+  }
+
+  static void largest_two(const A* x, int64_t classes, A& top, A& next) {
+    V first(A(-INFINITY)), second = first;
+    sweep(x, 0, classes, [&](V v, int64_t) {
+      second = maximum(second, minimum(first, v));
+      first = maximum(first, v);
+    });
+    A firsts[L], seconds[L];
+    first.store(firsts);
+    second.store(seconds);
+    for (int64_t i = 0; i < L; ++i) {
+      next = maximum(next, maximum(seconds[i], firsts[i] < top ? firsts[i] : top));
+      top = maximum(top, firsts[i]);
+    }
+  }
+
   // Margin: with the second largest, which the margin is made of, and the mask.
   template <bool Margin>
   static void confidence(const ConfidenceCall& call, int64_t begin, int64_t end) {
     const double rate = 1.0 / call.temperature;
     const Exponential exp_of(rate);
-    const V lowest(A(-INFINITY)), zero(A(0));
+    const V zero(A(0));
     for (int64_t row = begin; row < end; ++row) {
       const A* const x = whole_row(call.logits, row, call.classes);
-      V first = lowest, second = lowest;
-      sweep(x, 0, call.classes, [&](V v, int64_t) {
-        if constexpr (Margin) second = maximum(second, minimum(first, v));
-        first = maximum(first, v);
-      });
-      A firsts[L], seconds[L], top = A(-INFINITY), next = A(-INFINITY);
-      first.store(firsts);
-      second.store(seconds);
-      for (int64_t i = 0; i < L; ++i) {
-        next = maximum(next, maximum(seconds[i], firsts[i] < top ? firsts[i] : top));
-        top = maximum(top, firsts[i]);
-      }
+      A top = A(-INFINITY), next = A(-INFINITY);
+      if constexpr (Margin)
+        largest_two(x, call.classes, top, next);
+      else
+        top = largest(x, call.classes, [](V) {});
       const V shift(top == A(-INFINITY) ? A(0) : top);
       double sum = 0, dot = 0;
       for (int64_t from = 0; from < call.classes; from += kPiece) {
@@ -162,7 +186,8 @@ struct Selection {
       ConfidenceRow<A> out = {A(NAN), A(NAN), A(NAN)};
       if (sum > 0) {  // not NaN, and some class is finite
         label = place_of(x, call.classes, top);
-        out = finish_confidence(A(sum), exponential((next - top) * A(rate)), A(dot * rate));
+        const A second = Margin ? exponential((next - top) * A(rate)) : A(0);
+        out = finish_confidence(A(sum), second, A(dot * rate));
       }
       call.label[row] = label;
       static_cast<A*>(call.confidence)[row] = out.confidence;
@@ -188,19 +213,8 @@ struct Selection {
     constexpr uint32_t every = uint32_t((uint64_t(1) << L) - 1);
     for (int64_t row = begin; row < end; ++row) {
       const A* const x = whole_row(logits, row, classes);
-      // Four maxima, so that a comparison does not wait for the one before. NaN has no order: it is
-      // looked for on the way.
-      V tops[4] = {V(A(-INFINITY)), V(A(-INFINITY)), V(A(-INFINITY)), V(A(-INFINITY))};
       uint32_t sound = every;
-      const auto take = [&](V v, V& top) {
-        top = maximum(top, v);
-        sound &= equal(v, v);
-      };
-      int64_t i = 0;
-      for (; i + 4 * L <= classes; i += 4 * L)
-        for (int k = 0; k < 4; ++k) take(V::load(x + i + k * L), tops[k]);
-      sweep(x, i, classes, [&](V v, int64_t) { take(v, tops[0]); });
-      const A top = maximum_of(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])));
+      const A top = largest(x, classes, [&](V v) { sound &= equal(v, v); });
       const bool answer = sound == every && top > A(-INFINITY) && top < A(INFINITY);
       label[row] = answer ? place_of(x, classes, top) : no_answer;
     }
