@@ -44,6 +44,7 @@ namespace fastscarce::cpu::avx2 {
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"
 #include "statistics.inl"
+#include "statistics_lanes.inl"
 #include "selection.inl"
 #include "dist_lanes.inl"
 #include "dist.inl"

@@ -51,6 +51,7 @@ namespace fastscarce::cpu::avx512 {
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"
 #include "statistics.inl"
+#include "statistics_lanes.inl"
 #include "selection.inl"
 #include "dist_lanes.inl"
 #include "dist.inl"

@@ -48,6 +48,7 @@ namespace half {
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"
 #include "statistics.inl"
+#include "statistics_lanes.inl"
 #include "selection.inl"
 #include "dist_lanes.inl"
 #include "dist.inl"

@@ -9,6 +9,9 @@
 // Included after convert.inl, in the namespace of an instruction set.
 
 template <class V, class Exponential>
+struct StatisticsLanes;  // statistics_lanes.inl: one row a lane
+
+template <class V, class Exponential>
 struct Selection {
   using A = typename V::Scalar;
   static constexpr int64_t L = V::lanes;
@@ -220,7 +223,23 @@ struct Selection {
     }
   }
 
+  // Statistics of rows: of few classes by lanes.
+  static void sureness(const ConfidenceCall& call, int64_t begin, int64_t end) {
+    if constexpr (L > 1)
+      if (call.classes <= kLaneClasses)
+        return StatisticsLanes<V, Exponential>::confidence(call, begin, end);
+    confidence<false>(call, begin, end);
+  }
+  static void label(const Matrix& logits, int64_t classes, int64_t no_answer, int64_t* label,
+                    int64_t begin, int64_t end) {
+    if constexpr (L > 1)
+      if (classes <= kLaneClasses)
+        return StatisticsLanes<V, Exponential>::argmax(logits, classes, no_answer, label, begin,
+                                                       end);
+    argmax(logits, classes, no_answer, label, begin, end);
+  }
+
   static SelectionKernels kernels() {
-    return {&topk, &confidence<true>, &confidence<false>, &argmax, &Records<V, Exponential>::rows};
+    return {&topk, &confidence<true>, &sureness, &label, &Records<V, Exponential>::rows};
   }
 };
