@@ -46,7 +46,7 @@ void RowStatistics::rows(int64_t begin, int64_t end) const {
 }
 
 int64_t RowStatistics::rows_a_block() const {
-  constexpr int64_t bytes = int64_t(128) << 10;
+  constexpr int64_t bytes = int64_t(256) << 10;
   const auto size = [](Dtype dtype) {
     return dtype == Dtype::none ? 0 : dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
   };
