@@ -5,7 +5,8 @@
 STABLE_TORCH_LIBRARY(fastscarce, m) {
   m.def("isa() -> str");
   m.def("set_isa(str name) -> str");
-  // distillation, label: weights of the two terms. `_out` writes the gradient where it is told to.
+  // distillation, label: weights of the two terms. `_out` writes the gradient to `out` where it is
+  // given, and returns none then; and the statistics of the rows where they are.
   m.def(
       "kd_loss(Tensor student, Tensor? teacher, Tensor? target, Tensor? partner, Tensor? share, "
       "Tensor? weight, Tensor? class_weight, int divergence, float first, float second, "
@@ -16,8 +17,10 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
       "kd_loss_out(Tensor student, Tensor? teacher, Tensor? target, Tensor? partner, "
       "Tensor? share, Tensor? weight, Tensor? class_weight, int divergence, float first, "
       "float second, float temperature, float distillation, float label, float label_smoothing, "
-      "float threshold, int ignore_index, int reduction, Tensor(a!) gradient) "
-      "-> (Tensor loss, Tensor factor)");
+      "float threshold, int ignore_index, int reduction, bool with_gradient, Tensor(a!)? out, "
+      "Tensor(b!)? student_label, Tensor(c!)? teacher_label, Tensor(d!)? confidence, "
+      "Tensor(e!)? entropy, Tensor(f!)? agreement) "
+      "-> (Tensor loss, Tensor gradient, Tensor factor)");
   m.def(
       "kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail, "
       "Tensor? second_indices, Tensor? second_log_probs, Tensor? second_log_tail, Tensor? mix, "
@@ -31,7 +34,15 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
       "Tensor? target, Tensor? partner, Tensor? share, Tensor? weight, Tensor? class_weight, "
       "int tail_policy, float temperature, float distillation, float label, "
       "float label_smoothing, float threshold, int ignore_index, int reduction, "
-      "Tensor(a!) gradient) -> (Tensor loss, Tensor factor)");
+      "bool with_gradient, Tensor(a!)? out, Tensor(b!)? student_label, "
+      "Tensor(c!)? teacher_label, Tensor(d!)? confidence, Tensor(e!)? entropy, "
+      "Tensor(f!)? agreement) -> (Tensor loss, Tensor gradient, Tensor factor)");
+  m.def(
+      "kd_statistics(Tensor student, Tensor? teacher, Tensor? indices, Tensor? log_probs, "
+      "Tensor? log_tail, Tensor? second_indices, Tensor? second_log_probs, "
+      "Tensor? second_log_tail, Tensor? mix, int tail_policy, float temperature) "
+      "-> (Tensor student_label, Tensor teacher_label, Tensor confidence, Tensor entropy, "
+      "Tensor agreement)");
   m.def("topk(Tensor logits, int k) -> (Tensor indices, Tensor log_probs, Tensor log_tail)");
   m.def(
       "confidence(Tensor logits, float threshold, float temperature) -> (Tensor label, "

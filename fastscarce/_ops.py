@@ -103,7 +103,7 @@ def _kd_results(
     return loss, gradient, student.new_empty((), dtype=dtype)
 
 
-# The arguments end in `reduction` and in `with_gradient` or where the gradient goes: schemas.cpp.
+# The arguments end in `reduction` and `with_gradient`, and in what is written to: schemas.cpp.
 @torch.library.register_fake("fastscarce::kd_loss_topk")
 @torch.library.register_fake("fastscarce::kd_loss")
 def _kd_loss_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,10 +113,28 @@ def _kd_loss_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
 
 @torch.library.register_fake("fastscarce::kd_loss_topk_out")
 @torch.library.register_fake("fastscarce::kd_loss_out")
-def _kd_loss_out_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, reduction, _gradient = arguments
-    loss, _, factor = _kd_results(student, reduction, False)
-    return loss, factor
+def _kd_loss_out_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, with_gradient, out, *_statistics = arguments[-8:]
+    return _kd_results(student, reduction, with_gradient and out is None)
+
+
+@torch.library.register_fake("fastscarce::kd_statistics")
+def _kd_statistics_fake(
+    student: Tensor, teacher: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, log_probs, _, _, second_log_probs, *_ = arguments
+    given = [x for x in (teacher, log_probs, second_log_probs) if x is not None]
+    wide = any(x.dtype == torch.float64 for x in given)
+    dtype = torch.float64 if wide else torch.float32
+    rows = student.shape[0]
+    of_teacher = rows if given else 0
+    return (
+        student.new_empty((rows,), dtype=torch.int64),
+        student.new_empty((of_teacher,), dtype=torch.int64),
+        student.new_empty((of_teacher,), dtype=dtype),
+        student.new_empty((of_teacher,), dtype=dtype),
+        student.new_empty((of_teacher,), dtype=torch.bool),
+    )
 
 
 @torch.library.register_fake("fastscarce::kd_loss_backward")

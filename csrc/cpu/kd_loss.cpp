@@ -13,6 +13,7 @@
 #include "../checks.h"
 #include "../kd_arguments.h"
 #include "isa.h"
+#include "statistics.h"
 #include "tensors.h"
 
 namespace fastscarce::cpu {
@@ -69,16 +70,36 @@ double sum_of_losses(const A* losses, int64_t rows) {
   });
 }
 
-void run_rows(const KdCall& call, const KdKernels& run) {
+// of(begin, end), after the statistics of the same rows where some are asked for: block by block,
+// so that the loss finds in a cache what the statistics read from memory. They come first: the
+// gradient may be written over the teacher.
+template <class Of>
+void with_statistics(const RowStatistics* statistics, int64_t begin, int64_t end, Of of) {
+  if (!statistics) return of(begin, end);
+  const int64_t block = statistics->rows_a_block();
+  for (int64_t row = begin; row < end; row += block) {
+    const int64_t last = std::min(row + block, end);
+    statistics->rows(row, last);
+    of(row, last);
+  }
+}
+
+void run_rows(const KdCall& call, const KdKernels& run, const RowStatistics* statistics) {
   const int64_t threads = torch::stable::get_num_threads();
   if (call.named_count != 0 && call.kd_loss != 0) {
     const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / (4 * call.classes));
-    torch::stable::parallel_for(0, call.rows, grain,
-                                [&](int64_t begin, int64_t end) { run.topk(call, begin, end); });
+    torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
+      with_statistics(statistics, begin, end,
+                      [&](int64_t first, int64_t last) { run.topk(call, first, last); });
+    });
     return;
   }
   const bool kl = call.divergence == kKl || call.kd_loss == 0;
   if (kl && call.rows < threads && call.classes >= kWideRow) {
+    // A row is more than one thread's here: the caches that threads share keep it in between.
+    if (statistics)
+      torch::stable::parallel_for(
+          0, call.rows, 1, [&](int64_t begin, int64_t end) { statistics->rows(begin, end); });
     const int64_t parts = threads;
     std::vector<double> workspace(size_t(run.workspace_bytes(call, parts) / 8 + 1));
     const int64_t items = call.rows * parts;
@@ -99,7 +120,8 @@ void run_rows(const KdCall& call, const KdKernels& run) {
   const int64_t grain = std::max<int64_t>(1, logits / (unit * call.classes));
   const auto of = kl ? run.rows : run.divergences;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    of(call, begin * unit, std::min(call.rows, end * unit));
+    with_statistics(statistics, begin * unit, std::min(call.rows, end * unit),
+                    [&](int64_t first, int64_t last) { of(call, first, last); });
   });
 }
 
@@ -134,9 +156,15 @@ KdCall call_of(const Tensor& student, const LabelArguments& label, double temper
   return call;
 }
 
-// `into`: where the gradient goes; none is made without it and `with_gradient`.
-Result run_call(KdCall& call, const Tensor& student, double distillation, double label,
-                int64_t reduction, bool with_gradient, std::optional<Tensor> into) {
+// What is made beside the loss.
+struct Made {
+  bool with_gradient;
+  std::optional<Tensor> into;  // memory for the gradient; without it there is fresh memory
+  StatisticsTensors statistics;
+};
+
+Result run_call(KdCall& call, const Tensor& student, const StatisticsTeacher& teacher,
+                double distillation, double label, int64_t reduction, const Made& made) {
   const bool float64 = call.student.dtype == Dtype::float64;
   const bool float16 = call.student.dtype != Dtype::float32 && !float64;
   const KdKernels run = kernels(call.student.dtype);
@@ -154,16 +182,19 @@ Result run_call(KdCall& call, const Tensor& student, double distillation, double
   call.ce_gradient = factors.ce_gradient;
 
   const ScalarType loss_type = float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor gradient = into ? *into : empty_of(student, with_gradient ? call.rows : 0, call.classes);
+  const bool fresh = made.with_gradient && !made.into;
+  Tensor gradient = empty_of(student, fresh ? call.rows : 0, call.classes);
   const int64_t bytes = call.rows * call.classes * int64_t(gradient.element_size());
-  if (with_gradient && bytes > 0) {
-    call.gradient = gradient.mutable_data_ptr();
+  if (made.with_gradient && bytes > 0) {
+    call.gradient = (fresh ? gradient : *made.into).mutable_data_ptr();
     call.stream = bytes >= kStreamBytes;
-    if (!into) ask_for_huge_pages(call.gradient, bytes);
+    if (fresh) ask_for_huge_pages(call.gradient, bytes);
   }
   Tensor losses = empty_of(student, call.rows, -1, loss_type);
   call.losses = losses.mutable_data_ptr();
-  if (call.rows > 0) run_rows(call, run);
+  std::optional<RowStatistics> statistics;
+  if (made.statistics.asked()) statistics.emplace(call, teacher, made.statistics);
+  if (call.rows > 0) run_rows(call, run, statistics ? &*statistics : nullptr);
 
   Tensor factor = empty_of(student, -1, -1, loss_type);
   write_scalar(factor, float64, factors.factor);
@@ -175,10 +206,19 @@ Result run_call(KdCall& call, const Tensor& student, double distillation, double
   return {loss, gradient, factor};
 }
 
+const std::optional<Tensor> kNone;
+
+void check_made(const Tensor& student, const StatisticsTeacher& teacher, const Made& made) {
+  if (made.into) check_kd_gradient(student, *made.into);
+  check_statistics(student, teacher, made.statistics);
+}
+
 Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
                   const LabelArguments& labels, int64_t divergence, double first, double second,
                   double temperature, double distillation, double label, double threshold,
-                  int64_t reduction, bool with_gradient, std::optional<Tensor> into) {
+                  int64_t reduction, const Made& made) {
+  const StatisticsTeacher of = {teacher, kNone, kNone};
+  check_made(student, of, made);
   check_kd_arguments(student, teacher, labels.target, labels.partner, labels.share, labels.weight,
                      labels.class_weight, divergence);
   KdCall call = call_of(student, labels, temperature, threshold);
@@ -186,7 +226,7 @@ Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
   call.first = first;
   call.second = second;
   if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
-  return run_call(call, student, distillation, label, reduction, with_gradient, into);
+  return run_call(call, student, of, distillation, label, reduction, made);
 }
 
 Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
@@ -198,30 +238,23 @@ Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tens
   return dense_loss(student, teacher,
                     {target, partner, share, weight, class_weight, label_smoothing, ignore_index},
                     divergence, first, second, temperature, distillation, label, threshold,
-                    reduction, with_gradient, {});
+                    reduction, {with_gradient, {}, {}});
 }
 
-std::tuple<Tensor, Tensor> kd_loss_out(Tensor student, std::optional<Tensor> teacher,
-                                       std::optional<Tensor> target, std::optional<Tensor> partner,
-                                       std::optional<Tensor> share, std::optional<Tensor> weight,
-                                       std::optional<Tensor> class_weight, int64_t divergence,
-                                       double first, double second, double temperature,
-                                       double distillation, double label, double label_smoothing,
-                                       double threshold, int64_t ignore_index, int64_t reduction,
-                                       Tensor gradient) {
-  check_kd_gradient(student, gradient);
-  const auto [loss, same, factor] = dense_loss(
+Result kd_loss_out(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
+                   std::optional<Tensor> partner, std::optional<Tensor> share,
+                   std::optional<Tensor> weight, std::optional<Tensor> class_weight,
+                   int64_t divergence, double first, double second, double temperature,
+                   double distillation, double label, double label_smoothing, double threshold,
+                   int64_t ignore_index, int64_t reduction, bool with_gradient,
+                   std::optional<Tensor> out, std::optional<Tensor> student_label,
+                   std::optional<Tensor> teacher_label, std::optional<Tensor> confidence,
+                   std::optional<Tensor> entropy, std::optional<Tensor> agreement) {
+  return dense_loss(
       student, teacher,
       {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, divergence,
-      first, second, temperature, distillation, label, threshold, reduction, true, gradient);
-  return {loss, factor};
-}
-
-TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
-  return {indices.size(1),
-          static_cast<const int32_t*>(indices.const_data_ptr()),
-          matrix_of(log_probs, "kd_loss_topk"),
-          {log_tail.const_data_ptr(), 1, dtype_of(log_tail, "kd_loss_topk")}};
+      first, second, temperature, distillation, label, threshold, reduction,
+      {with_gradient, out, {student_label, teacher_label, confidence, entropy, agreement}});
 }
 
 struct TopKArguments {
@@ -231,8 +264,10 @@ struct TopKArguments {
 
 Result topk_loss(const Tensor& student, const TopKArguments& teacher, const LabelArguments& labels,
                  int64_t tail_policy, double temperature, double distillation, double label,
-                 double threshold, int64_t reduction, bool with_gradient,
-                 std::optional<Tensor> into) {
+                 double threshold, int64_t reduction, const Made& made) {
+  const std::optional<Tensor> log_probs = teacher.log_probs;
+  const StatisticsTeacher of = {kNone, log_probs, teacher.second_log_probs};
+  check_made(student, of, made);
   check_kd_arguments(student, {}, labels.target, labels.partner, labels.share, labels.weight,
                      labels.class_weight, kKl);
   check_topk_teacher(student, teacher.indices, teacher.log_probs, teacher.log_tail);
@@ -248,7 +283,7 @@ Result topk_loss(const Tensor& student, const TopKArguments& teacher, const Labe
     call.named_count = 2;
     call.mix = static_cast<const float*>(teacher.mix->const_data_ptr());
   }
-  return run_call(call, student, distillation, label, reduction, with_gradient, into);
+  return run_call(call, student, of, distillation, label, reduction, made);
 }
 
 Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
@@ -263,24 +298,27 @@ Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log
       student,
       {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
       {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
-      temperature, distillation, label, threshold, reduction, with_gradient, {});
+      temperature, distillation, label, threshold, reduction, {with_gradient, {}, {}});
 }
 
-std::tuple<Tensor, Tensor> kd_loss_topk_out(
-    Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
-    std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
-    std::optional<Tensor> second_log_tail, std::optional<Tensor> mix, std::optional<Tensor> target,
-    std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
-    std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
-    double distillation, double label, double label_smoothing, double threshold,
-    int64_t ignore_index, int64_t reduction, Tensor gradient) {
-  check_kd_gradient(student, gradient);
-  const auto [loss, same, factor] = topk_loss(
+Result kd_loss_topk_out(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
+                        std::optional<Tensor> second_indices,
+                        std::optional<Tensor> second_log_probs,
+                        std::optional<Tensor> second_log_tail, std::optional<Tensor> mix,
+                        std::optional<Tensor> target, std::optional<Tensor> partner,
+                        std::optional<Tensor> share, std::optional<Tensor> weight,
+                        std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
+                        double distillation, double label, double label_smoothing, double threshold,
+                        int64_t ignore_index, int64_t reduction, bool with_gradient,
+                        std::optional<Tensor> out, std::optional<Tensor> student_label,
+                        std::optional<Tensor> teacher_label, std::optional<Tensor> confidence,
+                        std::optional<Tensor> entropy, std::optional<Tensor> agreement) {
+  return topk_loss(
       student,
       {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
       {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
-      temperature, distillation, label, threshold, reduction, true, gradient);
-  return {loss, factor};
+      temperature, distillation, label, threshold, reduction,
+      {with_gradient, out, {student_label, teacher_label, confidence, entropy, agreement}});
 }
 
 double read_scalar(const Tensor& tensor) {

@@ -32,6 +32,7 @@ namespace fastscarce::cpu::emulated {
 #include "../math/divergence.h"
 #include "../math/selection.h"
 #include "../math/topk_teacher.h"
+#include "../math/statistics.h"
 #include "../math/dist.h"
 namespace half {
 #include "vec_avx2.inl"
@@ -46,6 +47,8 @@ namespace half {
 #include "divergence.inl"
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"
+#include "statistics.inl"
+#include "statistics_lanes.inl"
 #include "selection.inl"
 #include "dist_lanes.inl"
 #include "dist.inl"

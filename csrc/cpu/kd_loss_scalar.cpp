@@ -23,6 +23,7 @@ namespace fastscarce::cpu::scalar {
 #include "../math/divergence.h"
 #include "../math/selection.h"
 #include "../math/topk_teacher.h"
+#include "../math/statistics.h"
 #include "../math/dist.h"
 #include "vec_scalar.inl"
 #include "convert.inl"
@@ -30,6 +31,7 @@ namespace fastscarce::cpu::scalar {
 #include "kd_loss.inl"
 #include "divergence.inl"
 #include "kd_topk.inl"
+#include "statistics.inl"
 #include "selection.inl"
 #include "dist.inl"
 // clang-format on

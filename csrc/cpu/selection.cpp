@@ -13,9 +13,7 @@
 #include "tensors.h"
 
 namespace fastscarce::cpu {
-namespace {
-
-SelectionKernels kernels(Dtype dtype) {
+SelectionKernels selection_kernels(Dtype dtype) {
   const bool float64 = dtype == Dtype::float64;
 #if defined(__x86_64__)
   if (!float64) switch (isa()) {
@@ -31,6 +29,8 @@ SelectionKernels kernels(Dtype dtype) {
 #endif
   return scalar::selection_kernels(float64);
 }
+
+namespace {
 
 template <class Of>
 void over_rows(int64_t rows, int64_t classes, Of of) {
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   call.log_probs = log_probs.mutable_data_ptr();
   call.log_tail = log_tail.mutable_data_ptr();
-  const SelectionKernels run = kernels(call.logits.dtype);
+  const SelectionKernels run = selection_kernels(call.logits.dtype);
   over_rows(rows, call.classes, [&](int64_t begin, int64_t end) { run.topk(call, begin, end); });
   return {indices, log_probs, log_tail};
 }
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
   call.margin = margin.mutable_data_ptr();
   call.entropy = entropy.mutable_data_ptr();
   call.mask = static_cast<bool*>(mask.mutable_data_ptr());
-  const SelectionKernels run = kernels(call.logits.dtype);
+  const SelectionKernels run = selection_kernels(call.logits.dtype);
   over_rows(rows, call.classes,
             [&](int64_t begin, int64_t end) { run.confidence(call, begin, end); });
   return {label, sure, margin, entropy, mask};

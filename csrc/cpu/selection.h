@@ -27,10 +27,30 @@ struct ConfidenceCall {
   bool* mask = nullptr;
 };
 
+// Where the statistics of a distillation loss's rows go, each (rows,); csrc/math/statistics.h.
+struct StatisticsCall {
+  int64_t* student_label = nullptr;
+  int64_t* teacher_label = nullptr;  // null, as what follows: no teacher
+  void* confidence = nullptr;
+  void* entropy = nullptr;
+  bool* agreement = nullptr;
+};
+
 struct SelectionKernels {
   void (*topk)(const TopKCall&, int64_t begin, int64_t end);
   void (*confidence)(const ConfidenceCall&, int64_t begin, int64_t end);
+  // As `confidence`, without margin and mask.
+  void (*sureness)(const ConfidenceCall&, int64_t begin, int64_t end);
+  // The label that `confidence` gives, alone.
+  void (*argmax)(const Matrix& logits, int64_t classes, int64_t no_answer, int64_t* label,
+                 int64_t begin, int64_t end);
+  // Label, confidence and entropy of TopK teachers.
+  void (*records)(const KdCall&, const StatisticsCall&, int64_t no_answer, int64_t begin,
+                  int64_t end);
 };
+
+// Those of the instruction set in use, for logits of a dtype.
+SelectionKernels selection_kernels(Dtype dtype);
 
 namespace scalar {
 SelectionKernels selection_kernels(bool float64);

@@ -9,6 +9,9 @@
 // Included after convert.inl, in the namespace of an instruction set.
 
 template <class V, class Exponential>
+struct StatisticsLanes;  // statistics_lanes.inl: one row a lane
+
+template <class V, class Exponential>
 struct Selection {
   using A = typename V::Scalar;
   static constexpr int64_t L = V::lanes;
@@ -126,24 +129,50 @@ struct Selection {
     }
   }
 
+  // The largest logit; of(vector) of every vector. Four maxima, so that a comparison does not wait
+  // for the one before. NaN has no order and may be passed over.
+  template <class Of>
+  static A largest(const A* x, int64_t classes, Of of) {
+    V tops[4] = {V(A(-INFINITY)), V(A(-INFINITY)), V(A(-INFINITY)), V(A(-INFINITY))};
+    const auto take = [&](V v, V& top) {
+      top = maximum(top, v);
+      of(v);
+    };
+    int64_t i = 0;
+    for (; i + 4 * L <= classes; i += 4 * L)
+      for (int k = 0; k < 4; ++k) take(V::load(x + i + k * L), tops[k]);
+    sweep(x, i, classes, [&](V v, int64_t) { take(v, tops[0]); });
+    return maximum_of(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])));
+  }
+
+  static void largest_two(const A* x, int64_t classes, A& top, A& next) {
+    V first(A(-INFINITY)), second = first;
+    sweep(x, 0, classes, [&](V v, int64_t) {
+      second = maximum(second, minimum(first, v));
+      first = maximum(first, v);
+    });
+    A firsts[L], seconds[L];
+    first.store(firsts);
+    second.store(seconds);
+    for (int64_t i = 0; i < L; ++i) {
+      next = maximum(next, maximum(seconds[i], firsts[i] < top ? firsts[i] : top));
+      top = maximum(top, firsts[i]);
+    }
+  }
+
+  // Margin: with the second largest, which the margin is made of, and the mask.
+  template <bool Margin>
   static void confidence(const ConfidenceCall& call, int64_t begin, int64_t end) {
     const double rate = 1.0 / call.temperature;
     const Exponential exp_of(rate);
-    const V lowest(A(-INFINITY)), zero(A(0));
+    const V zero(A(0));
     for (int64_t row = begin; row < end; ++row) {
       const A* const x = whole_row(call.logits, row, call.classes);
-      V first = lowest, second = lowest;
-      sweep(x, 0, call.classes, [&](V v, int64_t) {
-        second = maximum(second, minimum(first, v));
-        first = maximum(first, v);
-      });
-      A firsts[L], seconds[L], top = A(-INFINITY), next = A(-INFINITY);
-      first.store(firsts);
-      second.store(seconds);
-      for (int64_t i = 0; i < L; ++i) {
-        next = maximum(next, maximum(seconds[i], firsts[i] < top ? firsts[i] : top));
-        top = maximum(top, firsts[i]);
-      }
+      A top = A(-INFINITY), next = A(-INFINITY);
+      if constexpr (Margin)
+        largest_two(x, call.classes, top, next);
+      else
+        top = largest(x, call.classes, [](V) {});
       const V shift(top == A(-INFINITY) ? A(0) : top);
       double sum = 0, dot = 0;
       for (int64_t from = 0; from < call.classes; from += kPiece) {
@@ -159,21 +188,58 @@ struct Selection {
       int64_t label = call.no_answer;
       ConfidenceRow<A> out = {A(NAN), A(NAN), A(NAN)};
       if (sum > 0) {  // not NaN, and some class is finite
-        const V wanted(top);
-        for (int64_t i = 0; label == call.no_answer && i < call.classes; i += L) {
-          const V v = i + L <= call.classes ? V::load(x + i)
-                                            : V::load_part(x + i, call.classes - i, A(-INFINITY));
-          if (const uint32_t bits = equal(v, wanted)) label = i + __builtin_ctz(bits);
-        }
-        out = finish_confidence(A(sum), exponential((next - top) * A(rate)), A(dot * rate));
+        label = place_of(x, call.classes, top);
+        const A second = Margin ? exponential((next - top) * A(rate)) : A(0);
+        out = finish_confidence(A(sum), second, A(dot * rate));
       }
       call.label[row] = label;
       static_cast<A*>(call.confidence)[row] = out.confidence;
-      static_cast<A*>(call.margin)[row] = out.margin;
       static_cast<A*>(call.entropy)[row] = out.entropy;
-      call.mask[row] = out.confidence >= A(call.threshold);
+      if constexpr (Margin) {
+        static_cast<A*>(call.margin)[row] = out.margin;
+        call.mask[row] = out.confidence >= A(call.threshold);
+      }
     }
   }
 
-  static SelectionKernels kernels() { return {&topk, &confidence}; }
+  // The first class whose logit is `wanted`, which one has.
+  static int64_t place_of(const A* x, int64_t classes, A wanted) {
+    const V all(wanted);
+    int64_t i = 0;
+    for (; i + L <= classes; i += L)
+      if (const uint32_t bits = equal(V::load(x + i), all)) return i + __builtin_ctz(bits);
+    return i + __builtin_ctz(equal(V::load_part(x + i, classes - i, A(-INFINITY)), all));
+  }
+
+  static void argmax(const Matrix& logits, int64_t classes, int64_t no_answer, int64_t* label,
+                     int64_t begin, int64_t end) {
+    constexpr uint32_t every = uint32_t((uint64_t(1) << L) - 1);
+    for (int64_t row = begin; row < end; ++row) {
+      const A* const x = whole_row(logits, row, classes);
+      uint32_t sound = every;
+      const A top = largest(x, classes, [&](V v) { sound &= equal(v, v); });
+      const bool answer = sound == every && top > A(-INFINITY) && top < A(INFINITY);
+      label[row] = answer ? place_of(x, classes, top) : no_answer;
+    }
+  }
+
+  // Statistics of rows: of few classes by lanes.
+  static void sureness(const ConfidenceCall& call, int64_t begin, int64_t end) {
+    if constexpr (L > 1)
+      if (call.classes <= kLaneClasses)
+        return StatisticsLanes<V, Exponential>::confidence(call, begin, end);
+    confidence<false>(call, begin, end);
+  }
+  static void label(const Matrix& logits, int64_t classes, int64_t no_answer, int64_t* label,
+                    int64_t begin, int64_t end) {
+    if constexpr (L > 1)
+      if (classes <= kLaneClasses)
+        return StatisticsLanes<V, Exponential>::argmax(logits, classes, no_answer, label, begin,
+                                                       end);
+    argmax(logits, classes, no_answer, label, begin, end);
+  }
+
+  static SelectionKernels kernels() {
+    return {&topk, &confidence<true>, &sureness, &label, &Records<V, Exponential>::rows};
+  }
 };

@@ -44,6 +44,15 @@ inline Matrix matrix_of(const torch::stable::Tensor& tensor, const char* operati
   return {tensor.const_data_ptr(), tensor.stride(0), dtype_of(tensor, operation)};
 }
 
+inline TopKTeacher topk_of(const torch::stable::Tensor& indices,
+                           const torch::stable::Tensor& log_probs,
+                           const torch::stable::Tensor& log_tail) {
+  return {indices.size(1),
+          static_cast<const int32_t*>(indices.const_data_ptr()),
+          matrix_of(log_probs, "kd_loss_topk"),
+          {log_tail.const_data_ptr(), 1, dtype_of(log_tail, "kd_loss_topk")}};
+}
+
 inline void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < kHugeBytes) return;

@@ -19,6 +19,7 @@
 
 #define FS_HD __host__ __device__
 #include "../kd_arguments.h"
+#include "statistics.cuh"
 #include "tensors.cuh"
 
 namespace fastscarce::cuda {
@@ -370,12 +371,24 @@ Call call_of(const Tensor& student, const LabelArguments& labels, double tempera
   return call;
 }
 
-// `into`: where the gradient goes; none is made without it and `with_gradient`.
-Result run_call(Call& call, const Tensor& student, bool with_gradient, std::optional<Tensor> into) {
+// What is made beside the loss.
+struct Made {
+  bool with_gradient;
+  std::optional<Tensor> into;  // memory for the gradient; without it there is fresh memory
+  StatisticsTensors statistics;
+};
+
+void check_made(const Tensor& student, const StatisticsTeacher& teacher, const Made& made) {
+  if (made.into) check_kd_gradient(student, *made.into);
+  check_statistics(student, teacher, made.statistics);
+}
+
+Result run_call(Call& call, const Tensor& student, const Made& made) {
   const ScalarType loss_type =
       call.student.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor gradient = into ? *into : empty_of(student, with_gradient ? call.rows : 0, call.classes);
-  if (with_gradient) call.gradient = gradient.mutable_data_ptr();
+  const bool fresh = made.with_gradient && !made.into;
+  Tensor gradient = empty_of(student, fresh ? call.rows : 0, call.classes);
+  if (made.with_gradient) call.gradient = (fresh ? gradient : *made.into).mutable_data_ptr();
   Tensor losses = empty_of(student, call.rows, -1, loss_type);
   call.losses = losses.mutable_data_ptr();
   Tensor factor = empty_of(student, -1, -1, loss_type);
@@ -402,10 +415,13 @@ Result run_call(Call& call, const Tensor& student, bool with_gradient, std::opti
   return {loss, gradient, factor};
 }
 
+const std::optional<Tensor> kNone;
+
 Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
                   const LabelArguments& labels, int64_t divergence, double first, double second,
                   double temperature, double distillation, double label, double threshold,
-                  int64_t reduction, bool with_gradient, std::optional<Tensor> into) {
+                  int64_t reduction, const Made& made) {
+  check_made(student, {teacher, kNone, kNone}, made);
   check_kd_arguments(student, teacher, labels.target, labels.partner, labels.share, labels.weight,
                      labels.class_weight, divergence);
   const torch::stable::accelerator::DeviceGuard guard(student.get_device());
@@ -414,7 +430,10 @@ Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
   call.first = first;
   call.second = second;
   if (teacher) call.teacher = matrix_of(*teacher, "kd_loss");
-  return run_call(call, student, with_gradient, into);
+  if (made.statistics.asked())
+    launch_statistics(student, teacher, {kNone, kNone, kNone, kNone, kNone, kNone, kNone},
+                      kTailUniform, temperature, made.statistics);
+  return run_call(call, student, made);
 }
 
 Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
@@ -426,23 +445,23 @@ Result kd_loss(Tensor student, std::optional<Tensor> teacher, std::optional<Tens
   return dense_loss(student, teacher,
                     {target, partner, share, weight, class_weight, label_smoothing, ignore_index},
                     divergence, first, second, temperature, distillation, label, threshold,
-                    reduction, with_gradient, {});
+                    reduction, {with_gradient, {}, {}});
 }
 
-std::tuple<Tensor, Tensor> kd_loss_out(Tensor student, std::optional<Tensor> teacher,
-                                       std::optional<Tensor> target, std::optional<Tensor> partner,
-                                       std::optional<Tensor> share, std::optional<Tensor> weight,
-                                       std::optional<Tensor> class_weight, int64_t divergence,
-                                       double first, double second, double temperature,
-                                       double distillation, double label, double label_smoothing,
-                                       double threshold, int64_t ignore_index, int64_t reduction,
-                                       Tensor gradient) {
-  check_kd_gradient(student, gradient);
-  const auto [loss, same, factor] = dense_loss(
+Result kd_loss_out(Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> target,
+                   std::optional<Tensor> partner, std::optional<Tensor> share,
+                   std::optional<Tensor> weight, std::optional<Tensor> class_weight,
+                   int64_t divergence, double first, double second, double temperature,
+                   double distillation, double label, double label_smoothing, double threshold,
+                   int64_t ignore_index, int64_t reduction, bool with_gradient,
+                   std::optional<Tensor> out, std::optional<Tensor> student_label,
+                   std::optional<Tensor> teacher_label, std::optional<Tensor> confidence,
+                   std::optional<Tensor> entropy, std::optional<Tensor> agreement) {
+  return dense_loss(
       student, teacher,
       {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, divergence,
-      first, second, temperature, distillation, label, threshold, reduction, true, gradient);
-  return {loss, factor};
+      first, second, temperature, distillation, label, threshold, reduction,
+      {with_gradient, out, {student_label, teacher_label, confidence, entropy, agreement}});
 }
 
 TopKTeacher topk_of(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
@@ -459,8 +478,10 @@ struct TopKArguments {
 
 Result topk_loss(const Tensor& student, const TopKArguments& teacher, const LabelArguments& labels,
                  int64_t tail_policy, double temperature, double distillation, double label,
-                 double threshold, int64_t reduction, bool with_gradient,
-                 std::optional<Tensor> into) {
+                 double threshold, int64_t reduction, const Made& made) {
+  const std::optional<Tensor> indices = teacher.indices, log_probs = teacher.log_probs,
+                              log_tail = teacher.log_tail;
+  check_made(student, {kNone, log_probs, teacher.second_log_probs}, made);
   check_kd_arguments(student, {}, labels.target, labels.partner, labels.share, labels.weight,
                      labels.class_weight, kKl);
   check_topk_teacher(student, teacher.indices, teacher.log_probs, teacher.log_tail);
@@ -479,7 +500,12 @@ Result topk_loss(const Tensor& student, const TopKArguments& teacher, const Labe
     call.named_count = 2;
     call.mix = static_cast<const float*>(teacher.mix->const_data_ptr());
   }
-  return run_call(call, student, with_gradient, into);
+  if (made.statistics.asked())
+    launch_statistics(student, kNone,
+                      {indices, log_probs, log_tail, teacher.second_indices,
+                       teacher.second_log_probs, teacher.second_log_tail, teacher.mix},
+                      tail_policy, temperature, made.statistics);
+  return run_call(call, student, made);
 }
 
 Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
@@ -494,24 +520,27 @@ Result kd_loss_topk(Tensor student, Tensor indices, Tensor log_probs, Tensor log
       student,
       {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
       {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
-      temperature, distillation, label, threshold, reduction, with_gradient, {});
+      temperature, distillation, label, threshold, reduction, {with_gradient, {}, {}});
 }
 
-std::tuple<Tensor, Tensor> kd_loss_topk_out(
-    Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
-    std::optional<Tensor> second_indices, std::optional<Tensor> second_log_probs,
-    std::optional<Tensor> second_log_tail, std::optional<Tensor> mix, std::optional<Tensor> target,
-    std::optional<Tensor> partner, std::optional<Tensor> share, std::optional<Tensor> weight,
-    std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
-    double distillation, double label, double label_smoothing, double threshold,
-    int64_t ignore_index, int64_t reduction, Tensor gradient) {
-  check_kd_gradient(student, gradient);
-  const auto [loss, same, factor] = topk_loss(
+Result kd_loss_topk_out(Tensor student, Tensor indices, Tensor log_probs, Tensor log_tail,
+                        std::optional<Tensor> second_indices,
+                        std::optional<Tensor> second_log_probs,
+                        std::optional<Tensor> second_log_tail, std::optional<Tensor> mix,
+                        std::optional<Tensor> target, std::optional<Tensor> partner,
+                        std::optional<Tensor> share, std::optional<Tensor> weight,
+                        std::optional<Tensor> class_weight, int64_t tail_policy, double temperature,
+                        double distillation, double label, double label_smoothing, double threshold,
+                        int64_t ignore_index, int64_t reduction, bool with_gradient,
+                        std::optional<Tensor> out, std::optional<Tensor> student_label,
+                        std::optional<Tensor> teacher_label, std::optional<Tensor> confidence,
+                        std::optional<Tensor> entropy, std::optional<Tensor> agreement) {
+  return topk_loss(
       student,
       {indices, log_probs, log_tail, second_indices, second_log_probs, second_log_tail, mix},
       {target, partner, share, weight, class_weight, label_smoothing, ignore_index}, tail_policy,
-      temperature, distillation, label, threshold, reduction, true, gradient);
-  return {loss, factor};
+      temperature, distillation, label, threshold, reduction,
+      {with_gradient, out, {student_label, teacher_label, confidence, entropy, agreement}});
 }
 
 template <class S, class A>

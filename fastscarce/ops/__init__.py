@@ -8,6 +8,7 @@ from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.linear import linear_kd_loss
 from fastscarce.ops.modules import DistLoss, KDLoss
 from fastscarce.ops.selection import Confidence, confidence, topk
+from fastscarce.ops.statistics import RowStatistics
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 from fastscarce.ops.weighted import CrossEntropyLoss, TokenDistillationLoss, WeightedKDLoss
 
@@ -18,6 +19,7 @@ __all__ = [
     "KDLoss",
     "MixedTarget",
     "MixedTopK",
+    "RowStatistics",
     "TokenDistillationLoss",
     "TopK",
     "WeightedKDLoss",

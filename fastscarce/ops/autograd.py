@@ -32,16 +32,25 @@ keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", 
 
 
 class WriteTo:
-    """An operator that makes its gradient in the memory it is given."""
+    """An operator that writes into memory it is given: the gradient, or statistics, or both.
 
-    def __init__(self, operator: Any, gradient: Tensor) -> None:
+    Statistics are written by the first call, the forward pass; later ones make the gradient alone.
+    """
+
+    def __init__(
+        self, operator: Any, gradient: Tensor | None, statistics: tuple[Tensor | None, ...] = ()
+    ) -> None:
         self.operator = operator
         self.gradient = gradient
+        self.statistics = statistics
 
     def __call__(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, gradient, factor; the last argument asks for a gradient, and is always true."""
-        loss, factor = self.operator(student, *arguments[:-1], self.gradient)
-        return loss, self.gradient, factor
+        """Loss, gradient, factor."""
+        statistics, self.statistics = self.statistics or (None,) * 5, ()
+        with torch.no_grad():  # a teacher that wants a gradient gets none
+            made = self.operator(student, *arguments, self.gradient, *statistics)
+        loss, gradient, factor = made
+        return loss, gradient if self.gradient is None else self.gradient, factor
 
 
 class InForward(torch.autograd.Function):

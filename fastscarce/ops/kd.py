@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from fastscarce.ops.checks import (
     weighted_label,
 )
 from fastscarce.ops.dist import dist_loss
+from fastscarce.ops.statistics import RowStatistics, empty_statistics, row_statistics
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["kd_loss"]
 
@@ -29,6 +33,64 @@ _kd_loss = torch.ops.fastscarce.kd_loss.default
 _kd_loss_out = torch.ops.fastscarce.kd_loss_out.default
 _kd_loss_topk = torch.ops.fastscarce.kd_loss_topk.default
 _kd_loss_topk_out = torch.ops.fastscarce.kd_loss_topk_out.default
+
+
+class _Options(TypedDict, total=False):
+    """Options of :func:`kd_loss` that do not change what it returns, for type checkers."""
+
+    loss: str
+    tail: str
+    temperature: float
+    alpha: float | tuple[float, float]
+    beta: float
+    skew: float
+    dkd_alpha: float
+    dkd_beta: float
+    inter: float
+    intra: float
+    threshold: float
+    t_squared: bool
+    weight: Tensor | None
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    gradient: str
+    out: Tensor | None
+    reuse_teacher_buffer: bool
+
+
+@overload
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | TopK | MixedTopK | None,
+    target: Tensor | MixedTarget | None = None,
+    *,
+    statistics: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | TopK | MixedTopK | None,
+    target: Tensor | MixedTarget | None = None,
+    *,
+    statistics: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, RowStatistics]: ...
+
+
+@overload
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | TopK | MixedTopK | None,
+    target: Tensor | MixedTarget | None = None,
+    *,
+    statistics: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, RowStatistics]: ...
 
 
 def kd_loss(
@@ -56,7 +118,8 @@ def kd_loss(
     gradient: str = "auto",
     out: Tensor | None = None,
     reuse_teacher_buffer: bool = False,
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, RowStatistics]:
     """Knowledge distillation plus cross entropy, from raw logits.
 
     ``alpha * T**2 * D(p, q) + (1 - alpha) * CE(student, target)`` with ``p = softmax(teacher / T)``
@@ -130,8 +193,12 @@ def kd_loss(
         reuse_teacher_buffer: Writes the gradient over the teacher's logits, which are then lost: no
             memory beyond student and teacher. Without effect under ``torch.compile`` and where no
             gradient is wanted.
+        statistics: Also give what each row's largest classes are and how sure the teacher is, made
+            while the row is in a cache. Under ``torch.compile`` and for ``"dist"`` in a pass of its
+            own, which reads both logits once more.
 
     Returns:
+        With ``statistics`` a pair, the loss and :class:`RowStatistics`; else the loss alone.
         Loss in nats, float32 (float64 for float64 logits), a scalar, or ``(rows,)`` for ``"none"``.
         Classes masked with -inf in student and teacher count nothing. NaN for a row whose target is
         outside the classes, on a GPU or under ``torch.compile``; on a CPU this raises.
@@ -165,6 +232,7 @@ def kd_loss(
                     "ignore_index": ignore_index,
                 },
                 gradient=gradient,
+                statistics=statistics,
             )
         loss = "kl"  # without a teacher the label term alone
     if loss not in LOSSES:
@@ -227,30 +295,37 @@ def kd_loss(
     )
     arguments: tuple[object, ...]
     operator: Any
+    records: tuple[Tensor | None, ...] = ()
     if teacher is None or isinstance(teacher, Tensor):
         operator, writer = _kd_loss, _kd_loss_out
         arguments = (teacher, *labels, weight, class_weight, LOSSES[loss], first, second, *numbers)
     else:
         operator, writer = _kd_loss_topk, _kd_loss_topk_out
-        named = topk_arguments(teacher, student, loss, tail)
-        arguments = (*named, *labels, weight, class_weight, TAILS[tail], *numbers)
+        records = topk_arguments(teacher, student, loss, tail)
+        arguments = (*records, *labels, weight, class_weight, TAILS[tail], *numbers)
     with_gradient = student.requires_grad and torch.is_grad_enabled()
+    result: Tensor
     if torch.compiler.is_compiling():
         if out is not None:
             raise ValueError("kd_loss needs out to be None under torch.compile.")
-        traced: Tensor = operator(student, *arguments, with_gradient)[0]
-        return traced
-    result: Tensor
+        result = operator(student, *arguments, with_gradient)[0]
+        if not statistics:
+            return result
+        logits = teacher if isinstance(teacher, Tensor) else None
+        return result, row_statistics(student, logits, records, tail, temperature)
+    if statistics:
+        found = empty_statistics(student, teacher)
+        operator = WriteTo(writer, buffer if with_gradient else None, found)
+    elif buffer is not None and with_gradient:
+        operator = WriteTo(writer, buffer)
     if with_gradient:
         function = Recomputed if gradient == "recompute" else InForward
-        if buffer is not None:
-            operator = WriteTo(writer, buffer)
         result = function.apply(operator, student, *arguments)
     else:
         result = operator(student, *arguments, False)[0]
     if not student.is_cuda:
         check_indices(result, target, teacher, student.shape[1], ignore_index)
-    return result
+    return (result, found) if statistics else result
 
 
 def _dist_and_label(
@@ -264,7 +339,8 @@ def _dist_and_label(
     refused: dict[str, tuple[Any, Any]],
     label: dict[str, Any],
     gradient: str,
-) -> Tensor:
+    statistics: bool,
+) -> Tensor | tuple[Tensor, RowStatistics]:
     """DIST is a matter of all rows, so it is an operator of its own beside the label term's."""
     for name, (given, wanted) in refused.items():
         if given is not wanted and (isinstance(given, Tensor) or given != wanted):
@@ -274,9 +350,13 @@ def _dist_and_label(
         raise ValueError("kd_loss needs loss 'kl' with a TopK teacher, got 'dist'.")
     shares = term_weights(alpha, target is not None, True)
     dist["inter"], dist["intra"] = shares[0] * dist["inter"], shares[0] * dist["intra"]
-    distil = dist_loss(student, teacher, t_squared=t_squared, gradient=gradient, **dist)
-    if target is None:
-        return distil
-    return distil + kd_loss(
-        student, None, target, alpha=(0.0, shares[1]), gradient=gradient, **label
-    )
+    loss = dist_loss(student, teacher, t_squared=t_squared, gradient=gradient, **dist)
+    if target is not None:
+        loss = loss + kd_loss(
+            student, None, target, alpha=(0.0, shares[1]), gradient=gradient, **label
+        )
+    if not statistics:
+        return loss
+    student = logits_of("student", student, student)
+    teacher = logits_of("teacher", teacher, student)
+    return loss, row_statistics(student, teacher, (), "uniform", dist["temperature"])

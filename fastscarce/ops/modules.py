@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastscarce.ops.dist import dist_loss
 from fastscarce.ops.kd import kd_loss
+from fastscarce.ops.statistics import RowStatistics
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
 __all__ = ["DistLoss", "KDLoss"]
@@ -16,7 +17,8 @@ class KDLoss(nn.Module):
 
     The options are attributes and may be changed between calls (a temperature that is annealed);
     ``class_weight`` is a buffer that no checkpoint holds. ``forward(student, teacher, target=None,
-    weight=None, *, out=None, reuse_teacher_buffer=False)`` gives the loss. No parameters.
+    weight=None, *, out=None, reuse_teacher_buffer=False)`` gives the loss, with ``statistics`` the
+    loss and :class:`RowStatistics`. No parameters.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class KDLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         gradient: str = "auto",
+        statistics: bool = False,
     ) -> None:
         super().__init__()
         self.loss = loss
@@ -59,6 +62,7 @@ class KDLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.gradient = gradient
+        self.statistics = statistics
 
     def forward(
         self,
@@ -69,7 +73,7 @@ class KDLoss(nn.Module):
         *,
         out: Tensor | None = None,
         reuse_teacher_buffer: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss of a batch; shapes and dtypes as in :func:`fastscarce.ops.kd_loss`."""
         return kd_loss(
             student,
@@ -95,6 +99,7 @@ class KDLoss(nn.Module):
             gradient=self.gradient,
             out=out,
             reuse_teacher_buffer=reuse_teacher_buffer,
+            statistics=self.statistics,
         )
 
     def extra_repr(self) -> str:

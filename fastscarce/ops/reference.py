@@ -19,6 +19,7 @@ __all__ = [
     "kl_rows",
     "label_rows",
     "mixture_rows",
+    "row_statistics",
     "standardised",
     "topk_rows",
 ]
@@ -147,6 +148,41 @@ def topk_rows(
         log_q = (student.gather(1, indices) / temperature).log_softmax(1)
     rows = _entropy_terms(p, log_q) - _entropy_terms(p, _log(p))
     return temperature**2 * rows.sum(1), sure_of.gather(1, indices).amax(1)
+
+
+def _labels(logits: Tensor) -> Tensor:
+    """First class of the largest logit; -100 for a row of NaN or +inf, or without a finite one."""
+    answers = (logits < torch.inf).all(1) & (logits > -torch.inf).any(1)
+    return torch.where(answers, logits.argmax(1), -100)
+
+
+def row_statistics(
+    student: Tensor, teacher: Tensor | TopK | MixedTopK, temperature: float, tail: str = "uniform"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels of student and teacher, confidence and entropy, as ``RowStatistics`` has them."""
+    if isinstance(teacher, MixedTopK):
+        lam = teacher.lam.to(student.dtype)
+        a, b = (row_statistics(student, x, temperature, tail) for x in (teacher.a, teacher.b))
+        mixed = [
+            torch.where(lam > 0, lam * x, 0) + torch.where(lam < 1, (1 - lam) * y, 0)
+            for x, y in zip(a[2:], b[2:], strict=True)
+        ]
+        label = torch.where(lam >= 0.5, a[1], b[1])
+        return a[0], torch.where(mixed[0].isnan(), -100, label), mixed[0], mixed[1]
+    if isinstance(teacher, TopK):
+        named = torch.full_like(student, -torch.inf)
+        label = _labels(named.scatter(1, teacher.indices.long(), teacher.log_probs.to(named.dtype)))
+        p = _probabilities(teacher, student, temperature, "uniform" if tail == "tail" else tail)
+    else:
+        label = _labels(teacher)
+        p = (teacher / temperature).softmax(1)
+    answers = label >= 0
+    confidence = torch.where(answers, p.amax(1), torch.nan)
+    return _labels(student), label, confidence, torch.where(answers, _entropy(p), torch.nan)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -(p * _log(p)).sum(1)
 
 
 def dist_rows(a: Tensor, b: Tensor) -> Tensor:

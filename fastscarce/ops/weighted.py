@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.modules import KDLoss
+from fastscarce.ops.statistics import RowStatistics
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
 __all__ = ["CrossEntropyLoss", "TokenDistillationLoss", "WeightedKDLoss"]
@@ -72,7 +73,7 @@ class WeightedKDLoss(KDLoss):
         target: Tensor | MixedTarget | None = None,
         weight: Tensor | None = None,
         **memory: Any,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss of a batch; shapes, dtypes and errors as in :func:`fastscarce.ops.kd_loss`."""
         distil, label = self.distil_weight, self.label_weight
         _check_weights(distil, label)

@@ -178,16 +178,17 @@ def test_memory_stays_the_losses_until_the_backward_pass() -> None:
 
 def test_opcheck() -> None:
     student, teacher, labels, weights = example(5, 12)
-    numbers = (2.0, 0.5, 0.5, 0.0, 0.0, -100, 2)
+    numbers = (2.0, 0.5, 0.5, 0.0, 0.0, -100, 2, True)
+    written = (student * 0, *(None,) * 5)
     torch.library.opcheck(
         torch.ops.fastscarce.kd_loss_out.default,
-        (student, teacher, labels, None, None, None, weights, 0, 0.0, 0.0, *numbers, student * 0),
+        (student, teacher, labels, None, None, None, weights, 0, 0.0, 0.0, *numbers, *written),
     )
     record = topk(teacher, 3)
     parts = (record.indices, record.log_probs, record.log_tail)
     torch.library.opcheck(
         torch.ops.fastscarce.kd_loss_topk_out.default,
-        (student, *parts, *(None,) * 4, labels, *(None,) * 4, 0, *numbers, student * 0),
+        (student, *parts, *(None,) * 4, labels, *(None,) * 4, 0, *numbers, *written),
     )
 
 

@@ -45,6 +45,9 @@ def test_cuda_library() -> None:
         "kd_loss_topk",
         "kd_loss_backward",
         "kd_loss_backward_",
+        "kd_loss_out",
+        "kd_loss_topk_out",
+        "kd_statistics",
         "topk",
         "confidence",
     ):

@@ -1,0 +1,308 @@
+// Statistics of rows on a GPU: a block a row, or a warp, up to 1024 classes.
+//
+// Student and teacher are read once. A thread keeps the largest logit of its classes and sums
+// relative to it, which it scales where a larger one comes (one exponential a logit either way);
+// the threads' sums are merged by a fixed tree, so the result is the same each time. Of TopK
+// teachers the k classes are read.
+#include <math.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "statistics.cuh"
+
+#define FS_HD __host__ __device__
+
+namespace fastscarce::cuda {
+
+// clang-format off: each needs those before it
+#include "../math/kd_row.h"
+#include "../math/selection.h"
+#include "../math/topk_teacher.h"
+#include "../math/statistics.h"
+// clang-format on
+
+namespace {
+
+constexpr int kStatisticsThreads = 256;
+constexpr int64_t kWarpClasses = 1024;
+
+struct Record {
+  int64_t k;
+  const int32_t* indices;
+  Matrix log_probs, log_tail;
+};
+
+struct StatisticsCall {
+  int64_t rows, classes;
+  Matrix student, teacher;
+  Record named[2];
+  int named_count;
+  const float* mix;
+  int tail_policy;
+  double temperature;
+  int64_t *student_label, *teacher_label;
+  void *confidence, *entropy;
+  bool* agreement;
+};
+
+// The value of another lane, of any type made of whole words.
+template <class T>
+__device__ inline T from_lane(const T& value, int by) {
+  static_assert(sizeof(T) % 4 == 0);
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+  for (uint32_t& word : words) word = __shfl_xor_sync(0xffffffffu, word, by);
+  T out;
+  memcpy(&out, words, sizeof(T));
+  return out;
+}
+
+// `op`, which takes its two in any order, over the threads of a row, in every one of them.
+template <int Width, class T, class Op>
+__device__ inline T over_row(T value, Op op) {
+  for (int by = 16; by > 0; by /= 2) value = op(value, from_lane(value, by));
+  if constexpr (Width > 32) {
+    // Words, because T may have members that begin with a value of their own.
+    __shared__ uint64_t memory[(Width / 32 * sizeof(T) + 7) / 8];
+    T* const part = reinterpret_cast<T*>(memory);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = part[0];
+    for (int warp = 1; warp < Width / 32; ++warp) value = op(value, part[warp]);
+    __syncthreads();
+  }
+  return value;
+}
+
+template <int Width, class A>
+__device__ inline A sum_over_row(A value) {
+  return over_row<Width>(value, [](A a, A b) { return a + b; });
+}
+
+// The largest logit of a part of a row, and the first class that has it. A part with NaN or +inf
+// has no answer.
+template <class A>
+struct Largest {
+  A top;
+  uint32_t unsound;
+  int64_t place;
+
+  __device__ static Largest none() { return {A(-INFINITY), 0, INT64_MAX}; }
+  __device__ void add(A x, int64_t i) {
+    if (x > top || (x == top && i < place)) {
+      top = x;
+      place = i;
+    }
+    unsound |= !(x < A(INFINITY));
+  }
+  __device__ bool answers() const { return !unsound && top > A(-INFINITY); }
+};
+
+template <class A>
+__device__ inline Largest<A> larger(const Largest<A>& a, const Largest<A>& b) {
+  Largest<A> out = a.top > b.top || (a.top == b.top && a.place < b.place) ? a : b;
+  out.unsound = a.unsound | b.unsound;
+  return out;
+}
+
+// The same with the sums of a softmax, relative to the largest logit: of e = exp((x - top) / T),
+// and of e times its exponent.
+template <class A>
+struct Softmax {
+  Largest<A> largest;
+  A sum, dot;
+
+  __device__ static Softmax none() { return {Largest<A>::none(), A(0), A(0)}; }
+  __device__ void add(A x, int64_t i, A rate) {
+    const A before = largest.top;
+    largest.add(x, i);
+    if (x > before) {
+      *this = {largest, rescaled(before, rate, sum) + A(1), rescaled_dot(before, rate)};
+    } else if (x > A(-INFINITY)) {
+      const A y = (x - before) * rate, e = exponential(y);
+      sum += e;
+      dot += weighted(e, y);
+    }
+  }
+  // Sums relative to `before`, made relative to the largest logit now.
+  __device__ A rescaled(A before, A rate, A value) const {
+    return before == A(-INFINITY) ? A(0) : value * exponential((before - largest.top) * rate);
+  }
+  __device__ A rescaled_dot(A before, A rate) const {
+    if (before == A(-INFINITY)) return A(0);
+    const A y = (before - largest.top) * rate;
+    return weighted(exponential(y), dot + sum * y);
+  }
+};
+
+template <class A>
+__device__ inline Softmax<A> merge(Softmax<A> a, Softmax<A> b, A rate) {
+  const A top_a = a.largest.top, top_b = b.largest.top;
+  a.largest = b.largest = larger(a.largest, b.largest);
+  return {a.largest, a.rescaled(top_a, rate, a.sum) + b.rescaled(top_b, rate, b.sum),
+          a.rescaled_dot(top_a, rate) + b.rescaled_dot(top_b, rate)};
+}
+
+template <class A, int Width>
+__device__ inline RecordRow<A> record_of(const StatisticsCall& call, const Record& teacher,
+                                         int64_t row, int lane, A rate) {
+  const int32_t* const index = teacher.indices + row * teacher.k;
+  const int64_t others = call.classes - teacher.k;
+  const auto at = [&](int64_t i) { return element<A>(teacher.log_probs, row, i); };
+  Largest<A> own = Largest<A>::none();
+  for (int64_t i = lane; i < teacher.k; i += Width) {
+    own.add(at(i), index[i]);
+    own.unsound |= index[i] < 0 || index[i] >= call.classes;
+  }
+  const Largest<A> largest =
+      over_row<Width>(own, [](const Largest<A>& a, const Largest<A>& b) { return larger(a, b); });
+  const A tail = others > 0 ? element<A>(teacher.log_tail, row, 0) : A(-INFINITY);
+  const A top = largest.answers() ? maximum(tail, largest.top) : A(0);
+  A chosen = A(0), dot = A(0);
+  for (int64_t i = lane; i < teacher.k; i += Width) {
+    const A y = (at(i) - top) * rate, e = exponential(y);
+    chosen += e;
+    dot += weighted(e, y);
+  }
+  chosen = sum_over_row<Width>(chosen);
+  dot = sum_over_row<Width>(dot);
+  if (!largest.answers()) return no_record<A>(kNoAnswer);
+  const A tail_shift = (tail - top) * rate;
+  const A tail_exp = tail == A(-INFINITY) ? A(0) : exponential(tail_shift);
+  return finish_record<A>(largest.place,
+                          {chosen, exponential((largest.top - top) * rate), tail_exp * A(others),
+                           tail_exp == A(0) ? A(0) : tail_shift},
+                          dot, call.tail_policy, others, kNoAnswer);
+}
+
+// S, A: the arithmetic of the student and of the teacher.
+template <class S, class A, int Width>
+__global__ void __launch_bounds__(kStatisticsThreads)
+    kd_statistics_kernel(const StatisticsCall call) {
+  const int lane = int(threadIdx.x) % Width;
+  const A rate = A(1.0 / call.temperature);
+  constexpr int rows_a_block = kStatisticsThreads / Width;
+  const bool dense = call.teacher.data;
+  // All threads of a row's group have the same row, so that they meet at every reduction.
+  for (int64_t row = int64_t(blockIdx.x) * rows_a_block + threadIdx.x / Width; row < call.rows;
+       row += int64_t(gridDim.x) * rows_a_block) {
+    Largest<S> student = Largest<S>::none();
+    Softmax<A> teacher = Softmax<A>::none();
+    for (int64_t i = lane; i < call.classes; i += Width) {
+      student.add(element<S>(call.student, row, i), i);
+      if (dense) teacher.add(element<A>(call.teacher, row, i), i, rate);
+    }
+    student = over_row<Width>(
+        student, [](const Largest<S>& a, const Largest<S>& b) { return larger(a, b); });
+    const int64_t student_label = student.answers() ? student.place : kNoAnswer;
+    RecordRow<A> out = no_record<A>(kNoAnswer);
+    if (dense) {
+      teacher = over_row<Width>(
+          teacher, [rate](const Softmax<A>& a, const Softmax<A>& b) { return merge(a, b, rate); });
+      if (teacher.largest.answers()) {
+        const ConfidenceRow<A> sure = finish_confidence(teacher.sum, A(0), teacher.dot);
+        out = {teacher.largest.place, sure.confidence, sure.entropy};
+      }
+    } else if (call.named_count != 0) {
+      out = record_of<A, Width>(call, call.named[0], row, lane, rate);
+      if (call.mix)
+        out = mix_records(out, record_of<A, Width>(call, call.named[1], row, lane, rate),
+                          A(call.mix[row]), kNoAnswer);
+    }
+    if (lane != 0) continue;
+    call.student_label[row] = student_label;
+    if (!call.teacher_label) continue;
+    call.teacher_label[row] = out.label;
+    static_cast<A*>(call.confidence)[row] = out.confidence;
+    static_cast<A*>(call.entropy)[row] = out.entropy;
+    call.agreement[row] = student_label == out.label;
+  }
+}
+
+template <class S, class A>
+void launch(const StatisticsCall& call, cudaStream_t stream) {
+  const auto blocks = [&](int64_t rows_a_block) {
+    return unsigned(std::min<int64_t>((call.rows + rows_a_block - 1) / rows_a_block, 1 << 20));
+  };
+  if (call.classes <= kWarpClasses)
+    kd_statistics_kernel<S, A, 32>
+        <<<blocks(kStatisticsThreads / 32), kStatisticsThreads, 0, stream>>>(call);
+  else
+    kd_statistics_kernel<S, A, kStatisticsThreads>
+        <<<blocks(1), kStatisticsThreads, 0, stream>>>(call);
+  check_launch("kd_statistics");
+}
+
+Record record_tensors(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
+  return {indices.size(1),
+          static_cast<const int32_t*>(indices.const_data_ptr()),
+          matrix_of(log_probs, "kd_statistics"),
+          {log_tail.const_data_ptr(), 1, dtype_of(log_tail, "kd_statistics")}};
+}
+
+StatisticsResult kd_statistics(Tensor student, std::optional<Tensor> teacher,
+                               std::optional<Tensor> indices, std::optional<Tensor> log_probs,
+                               std::optional<Tensor> log_tail, std::optional<Tensor> second_indices,
+                               std::optional<Tensor> second_log_probs,
+                               std::optional<Tensor> second_log_tail, std::optional<Tensor> mix,
+                               int64_t tail_policy, double temperature) {
+  const RecordTensors records = {indices,          log_probs,       log_tail, second_indices,
+                                 second_log_probs, second_log_tail, mix};
+  check_statistics_arguments(student, teacher, records, tail_policy);
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  const StatisticsTensors made = empty_statistics(student, {teacher, log_probs, second_log_probs});
+  launch_statistics(student, teacher, records, tail_policy, temperature, made);
+  return statistics_result(student, made);
+}
+
+}  // namespace
+
+void launch_statistics(const Tensor& student, const std::optional<Tensor>& teacher,
+                       const RecordTensors& records, int64_t tail_policy, double temperature,
+                       const StatisticsTensors& to) {
+  StatisticsCall call{};
+  call.rows = student.size(0);
+  call.classes = student.size(1);
+  if (call.rows == 0) return;
+  call.student = matrix_of(student, "kd_statistics");
+  call.tail_policy = int(tail_policy);
+  call.temperature = temperature;
+  call.student_label = static_cast<int64_t*>(to.student_label->mutable_data_ptr());
+  if (teacher) call.teacher = matrix_of(*teacher, "kd_statistics");
+  if (records.indices) {
+    call.named[0] = record_tensors(*records.indices, *records.log_probs, *records.log_tail);
+    call.named_count = 1;
+  }
+  if (records.mix) {
+    call.named[1] = record_tensors(*records.second_indices, *records.second_log_probs,
+                                   *records.second_log_tail);
+    call.named_count = 2;
+    call.mix = static_cast<const float*>(records.mix->const_data_ptr());
+  }
+  if (to.teacher_label) {
+    call.teacher_label = static_cast<int64_t*>(to.teacher_label->mutable_data_ptr());
+    call.confidence = to.confidence->mutable_data_ptr();
+    call.entropy = to.entropy->mutable_data_ptr();
+    call.agreement = static_cast<bool*>(to.agreement->mutable_data_ptr());
+  }
+  const bool wide_student = call.student.dtype == Dtype::float64;
+  const bool wide_teacher = to.confidence && to.confidence->scalar_type() == ScalarType::Double;
+  const cudaStream_t stream = stream_of(student);
+  if (wide_student && wide_teacher)
+    launch<double, double>(call, stream);
+  else if (wide_student)
+    launch<double, float>(call, stream);
+  else if (wide_teacher)
+    launch<float, double>(call, stream);
+  else
+    launch<float, float>(call, stream);
+}
+
+}  // namespace fastscarce::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
+  m.impl("kd_statistics", TORCH_BOX(&fastscarce::cuda::kd_statistics));
+}
