@@ -115,11 +115,12 @@ struct Kd {
         gap = add_product_unless_zero(p, y - x, gap);
         if constexpr (Keep) p.store(teacher_kept + i);
       }
+      return x;
     };
     for (int64_t i = 0; i < whole; i += L) {
       ask_ahead<Teacher>(s, t, i, n);
-      if constexpr (Sum) logit_sum = logit_sum + (V::load(s + i) - student_max);
-      step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
+      const V x = step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
+      if constexpr (Sum) logit_sum = logit_sum + x;
     }
     if constexpr (Sum)
       if (whole < n)
