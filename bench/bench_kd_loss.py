@@ -1,203 +1,202 @@
-"""kd_loss beside eager PyTorch, torch.compile and torchdistill: forward and backward, float32.
+"""kd_loss beside eager PyTorch, torch.compile and other libraries: forward and backward.
 
-Run ``python bench/bench_kd_loss.py`` for both tables, two threads each: memory warm (glibc kept
-from returning freed memory to the system; every method profits) and as it comes. The methods take
-turns on the same tensors (A B C A B C ...), so that a busy moment of the machine falls on all of
-them; the table holds medians and the ratio of medians. GB/s counts the bytes that have to move:
-student and teacher read, gradient written, 12 a logit. ``python bench/plot_kd_loss.py`` draws the
-figure. torchdistill comes with ``pip install -e .[bench]``.
+``python bench/bench_kd_loss.py`` measures float32 on a CPU with two threads: memory warm (glibc
+kept from returning freed memory to the system; every method profits) and as it comes. With
+``--device cuda`` it measures float32 and bfloat16 on a GPU, and a replayed CUDA graph of ours.
 
-``pytest bench/bench_kd_loss.py`` runs the same cases under pytest-benchmark.
+The methods take turns on the same tensors; tables hold medians and the ratio of medians. GB/s
+counts the bytes that have to move: student and teacher read, gradient written. Beside it stands
+its share of the bandwidth of a copy, ``b.copy_(a)`` on 256 MiB each (bytes read and written),
+timed before and after the turns of each shape; a step whose tensors fit the caches can be above 1.
+A peak is the most memory during a step above student and teacher: the process's resident memory,
+or the caching allocator's on a GPU. The gradient is part of it, unless it goes over the teacher's
+logits (``reuse_teacher_buffer``).
+
+The record is ``bench/results/kd_loss-PLACE.json``, PLACE being the instruction set or the compute
+capability (cpu-avx2, cuda-sm90); ``python bench/plot_kd_loss.py`` draws it. The peers come with
+``pip install -e .[bench]``; one that is missing is left out. ``pytest bench`` runs the same cases
+under pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
+import peers
 import pytest
 import torch
-import torch.nn.functional as F
+from harness import ALPHA, SHAPES, TEMPERATURE, THREADS, Loss, Row
 from torch import Tensor
-from torchdistill.losses.mid_level import KDLoss as TorchdistillKDLoss
 
-from fastscarce import _ops
 from fastscarce.ops import kd_loss
 
-SHAPES = [(65536, 10), (4096, 1000), (1024, 21841), (512, 128256)]
-TEMPERATURE, ALPHA, THREADS = 4.0, 0.5, 2
-RESULTS = Path(__file__).parent / "results" / "kd_loss.json"
-# Blocks of any size come from the heap, and the heap is not trimmed.
-WARM = {"MALLOC_MMAP_THRESHOLD_": "8000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS, REUSED, REPLAYED = "fastscarce", "fastscarce, reused teacher", "fastscarce, graph"
 
 
-def ours(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    return kd_loss(student, teacher, target, temperature=TEMPERATURE, alpha=ALPHA)
+@dataclass(frozen=True)
+class Table:
+    """What is measured in a process of its own."""
+
+    title: str
+    dtype: torch.dtype
+    warm: bool
+    peaks: bool
 
 
-def eager(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    distil = F.kl_div(
-        F.log_softmax(student / TEMPERATURE, 1),
-        F.softmax(teacher / TEMPERATURE, 1),
-        reduction="batchmean",
-    )
-    return ALPHA * TEMPERATURE**2 * distil + (1 - ALPHA) * F.cross_entropy(student, target)
+TABLES = {
+    "cpu": [
+        Table("float32, memory warm", torch.float32, warm=True, peaks=False),
+        Table("float32, memory as it comes", torch.float32, warm=False, peaks=True),
+    ],
+    "cuda": [
+        Table("float32", torch.float32, warm=False, peaks=True),
+        Table("bfloat16", torch.bfloat16, warm=False, peaks=True),
+    ],
+}
 
 
-# Its alpha weighs the cross entropy.
-_torchdistill = TorchdistillKDLoss("", "output", "", "output", TEMPERATURE, alpha=1 - ALPHA)
+def ours(student: Tensor, teacher: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return kd_loss(student, teacher, target, temperature=TEMPERATURE, alpha=ALPHA, **options)
 
 
-def torchdistill(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    loss: Tensor = _torchdistill({"": {"output": student}}, {"": {"output": teacher}}, target)
-    return loss
-
-
-def methods() -> dict[str, Loss]:
+def losses(device: str) -> dict[str, Loss]:
     torch._dynamo.reset()
-    return {
-        "fastscarce": ours,
-        "torch.compile": torch.compile(eager),
-        "eager": eager,
-        "torchdistill": torchdistill,
+    eager = peers.EAGER["kl"]
+    others = peers.liger("kl") if device == "cuda" else peers.torchdistill()
+    return {OURS: ours, "torch.compile": torch.compile(eager), "eager": eager, **others}
+
+
+def measure(size: tuple[int, int], table: Table, device: str, seconds: float) -> Row:
+    rows, classes = size
+    student, teacher, target = harness.tensors(rows, classes, device, table.dtype)
+    compared = losses(device)
+    harness.check_agreement(
+        {name: loss for name, loss in compared.items() if name != "torch.compile"},
+        (student, teacher, target),
+    )
+    candidates = {
+        name: harness.gradient_step(loss, student, teacher, target)
+        for name, loss in compared.items()
     }
-
-
-def tensors(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(rows, classes, generator=generator).requires_grad_()
-    teacher = torch.randn(rows, classes, generator=generator)
-    return student, teacher, torch.randint(classes, (rows,), generator=generator)
-
-
-def step(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> None:
-    student.grad = None
-    loss(student, teacher, target).backward()  # type: ignore[no-untyped-call]
-
-
-def measure(rows: int, classes: int, seconds: float) -> dict[str, Any]:
-    """Medians in milliseconds of methods that take turns for `seconds`, at least 5 turns."""
-    data = tensors(rows, classes)
-    candidates = methods()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for loss in candidates.values():
-        step(loss, *data)
-        step(loss, *data)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["eager"]) < 5:
-        for name, loss in candidates.items():
-            begin = time.perf_counter()
-            step(loss, *data)
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    return {
+    if device == "cuda":
+        candidates[REPLAYED] = harness.replay(candidates[OURS])
+    copies = harness.copy_times(device)
+    found = harness.turns(candidates, seconds, device)
+    copies += harness.copy_times(device)
+    counted = 3 * student.numel() * student.element_size()
+    speed, copy = 1e-6 * counted / found["milliseconds"][OURS], statistics.median(copies)
+    found = {
         "rows": rows,
         "classes": classes,
-        "turns": len(times["eager"]),
-        "milliseconds": median,
-        "fastest_milliseconds": {name: min(values) for name, values in times.items()},
-        "ratio": {name: median[name] / median["fastscarce"] for name in median},
-        "gigabytes_per_second": 12e-6 * rows * classes / median["fastscarce"],
+        **found,
+        "gigabytes_per_second": speed,
+        "copy_gigabytes_per_second": copy,
+        "share_of_copy": speed / copy,
     }
+    if table.peaks:
+        peaks = {
+            name: harness.peak_of(candidates[name], device)
+            for name in found["milliseconds"]
+            if name != REPLAYED  # its memory is its own, held between the steps
+        }
+        lost = teacher.clone()
+        reused = harness.gradient_step(ours, student, lost, target, reuse_teacher_buffer=True)
+        reused()
+        peaks[REUSED] = harness.peak_of(reused, device)
+        found["peak_mebibytes"] = peaks
+        found["gradient_mebibytes"] = counted / 3 / 2**20
+    return found
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    others = [name for name in rows[0]["milliseconds"] if name != "fastscarce"]
-    head = ["N x C", "fastscarce ms", "GB/s", *(f"{name} ms" for name in others)]
-    head += [f"x {name}" for name in others]
-    print(f"\n{title}\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
+def times_table(rows: list[Row]) -> str:
+    """Milliseconds, ratios, bandwidth."""
+    names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
+    others = [name for name in names if name not in (OURS, REPLAYED)]
+    head = ["N x C", *(f"{name} ms" for name in names), *(f"x {name}" for name in others)]
+    lines = []
     for row in rows:
         ms, ratio = row["milliseconds"], row["ratio"]
-        cells = [f"{row['rows']} x {row['classes']}", f"{ms['fastscarce']:.2f}"]
-        cells.append(f"{row['gigabytes_per_second']:.1f}")
-        cells += [f"{ms[name]:.2f}" for name in others]
-        cells += [f"{ratio[name]:.1f}" for name in others]
-        print(f"| {' | '.join(cells)} |")
+        line = [f"{row['rows']} x {row['classes']}"]
+        line += [harness.short(ms.get(name)) for name in names]
+        line += [f"{ratio[name]:.1f}" if name in ratio else "" for name in others]
+        line += [f"{row['gigabytes_per_second']:.1f}", f"{row['share_of_copy']:.2f}"]
+        lines.append(line)
+    return harness.markdown([*head, "GB/s", "of a copy"], lines)
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def environment() -> dict[str, Any]:
-    """What figures hold for: command, date, machine, versions."""
-    return {
-        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "threads": THREADS,
-        "instruction_set": _ops.isa(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchdistill": version("torchdistill"),
-        "dtype": "float32",
-        "temperature": TEMPERATURE,
-        "alpha": ALPHA,
-    }
-
-
-def shape(text: str) -> tuple[int, int]:
-    rows, classes = text.split("x")
-    return int(rows), int(classes)
+def peaks_table(rows: list[Row]) -> str:
+    """MiB above student and teacher."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peak_mebibytes"]))
+    lines = [
+        [
+            f"{row['rows']} x {row['classes']}",
+            harness.short(row["gradient_mebibytes"]),
+            *(harness.short(row["peak_mebibytes"].get(name)) for name in names),
+        ]
+        for row in rows
+    ]
+    return harness.markdown(["N x C", "gradient", *names], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=15.0, help="per shape")
-    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, help="ROWSxCLASSES ...")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of results")
-    parser.add_argument("--measure", action="store_true", help="this process only, JSON to stdout")
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--device", choices=list(TABLES), default="cpu")
+    parser.add_argument("--seconds", type=float, default=15.0, help="per shape and table")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of the CPU")
+    parser.add_argument("--shapes", nargs="+", type=harness.shape, help="ROWSxCLASSES ...")
+    parser.add_argument("--out", type=Path, help="JSON record instead of that of this machine")
+    parser.add_argument("--table", type=int, help="this one alone, in this process, JSON to stdout")
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
-    if arguments.measure:
-        print(json.dumps([measure(*size, arguments.seconds) for size in arguments.shapes]))
+    device, tables = arguments.device, TABLES[arguments.device]
+    shapes = arguments.shapes or SHAPES[device]
+    torch.set_num_threads(arguments.threads)
+    if arguments.table is not None:
+        table = tables[arguments.table]
+        print(json.dumps([measure(size, table, device, arguments.seconds) for size in shapes]))
         return
-    tables = {}
-    for name, variables in (("warm", WARM), ("as_it_comes", {})):
-        clean = {k: v for k, v in os.environ.items() if k not in WARM}
-        command = [sys.executable, __file__, "--measure", "--seconds", str(arguments.seconds)]
-        command += ["--shapes", *(f"{rows}x{classes}" for rows, classes in arguments.shapes)]
-        done = subprocess.run(
-            command, env={**clean, **variables}, stdout=subprocess.PIPE, check=True, text=True
-        )
-        tables[name] = json.loads(done.stdout.splitlines()[-1])
-        print_table(
-            {"warm": "Memory warm", "as_it_comes": "Memory as it comes"}[name], tables[name]
-        )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {**environment(), **tables}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    words = ["--device", device, "--seconds", str(arguments.seconds)]
+    words += ["--threads", str(arguments.threads)]
+    words += ["--shapes", *(f"{rows}x{classes}" for rows, classes in shapes)]
+    record = {**harness.environment(device, arguments.threads), "tables": []}
+    for number, table in enumerate(tables):
+        rows = harness.in_fresh_process(__file__, [*words, "--table", str(number)], warm=table.warm)
+        print(f"\n{table.title}\n\n{times_table(rows)}")
+        if table.peaks:
+            print(f"\npeak above student and teacher, MiB\n\n{peaks_table(rows)}")
+        record["tables"].append({"title": table.title, "measurements": rows})
+    harness.write_record(
+        arguments.out or harness.RESULTS / f"kd_loss-{harness.place(device)}.json", record
+    )
 
 
-@pytest.mark.parametrize("method", ["fastscarce", "torch.compile", "eager", "torchdistill"])
-@pytest.mark.parametrize(("rows", "classes"), SHAPES)
+CASES = [
+    pytest.param(device, dtype, *size, id=f"{device}-{str(dtype)[6:]}-{size[0]}x{size[1]}")
+    for device in TABLES
+    if device == "cpu" or torch.cuda.is_available()
+    for dtype in dict.fromkeys(table.dtype for table in TABLES[device])
+    for size in SHAPES[device]
+]
+
+
+@pytest.mark.parametrize("method", [OURS, "torch.compile", "eager", "torchdistill", "Liger"])
+@pytest.mark.parametrize(("device", "dtype", "rows", "classes"), CASES)
 @pytest.mark.filterwarnings("ignore")
-def test_kd_loss(benchmark: Any, rows: int, classes: int, method: str) -> None:
+def test_kd_loss(
+    benchmark: Any, device: str, dtype: torch.dtype, rows: int, classes: int, method: str
+) -> None:
     torch.set_num_threads(THREADS)
-    data, loss = tensors(rows, classes), methods()[method]
-    benchmark.extra_info["counted_bytes"] = 12 * rows * classes
-    benchmark.pedantic(step, (loss, *data), rounds=5, warmup_rounds=2)
+    data, loss = harness.tensors(rows, classes, device, dtype), losses(device).get(method)
+    if loss is None:
+        pytest.skip(f"{method} is no peer on this device, or not installed")
+    benchmark.extra_info["counted_bytes"] = 3 * data[0].numel() * data[0].element_size()
+    run = harness.gradient_step(loss, *data)
+    benchmark.pedantic(harness.milliseconds, (run, device), rounds=5, warmup_rounds=2)
 
 
 if __name__ == "__main__":

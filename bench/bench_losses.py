@@ -1,211 +1,304 @@
-"""The other losses beside their peers: forward and backward, float32, two threads.
+"""The other losses and the fused head beside their peers: forward and backward.
 
-JSD, DKD and DIST beside eager PyTorch and torch.compile; TopK teachers beside a dense teacher; the
-fused head beside the layer and its loss one after the other.
+JSD, DKD and DIST beside eager PyTorch and torch.compile (and Liger-Kernel's JSD on a GPU), as their
+papers' code computes them; TopK teachers beside a dense teacher; the fused head beside the layer
+and its loss one after the other (and Liger-Kernel's fused head).
 
-Run ``python bench/bench_losses.py``. Methods take turns on the same tensors, memory is warm, as in
-bench_kd_loss.py. The peak of the head is the resident memory above what was there before the step,
-watched by a thread, with the gradients of features, weight and bias (the same for both) in it.
+``python bench/bench_losses.py`` measures float32 on a CPU with two threads, ``--device cuda``
+float32 and bfloat16 on a GPU. Methods take turns on the same tensors; memory is warm, as in
+bench_kd_loss.py, but for the head. Its peak is the memory during the step above that before it, the
+gradients of features, weight and bias (the same for all) in it.
+
+The record is ``bench/results/losses-PLACE.json``, PLACE as in bench_kd_loss.py. ``pytest bench``
+runs the same cases under pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
+import peers
+import pytest
 import torch
 import torch.nn.functional as F
-from bench_kd_loss import ALPHA, SHAPES, TEMPERATURE, THREADS, WARM, environment, tensors
+from harness import ALPHA, SHAPES, TEMPERATURE, THREADS, Row, Step
 from torch import Tensor
 
 from fastscarce.ops import kd_loss, linear_kd_loss, topk
 
-RESULTS = Path(__file__).parent / "results" / "losses.json"
-HEAD = (2048, 512, 21841)  # rows, width, classes
+DTYPES = {"cpu": ["float32"], "cuda": ["float32", "bfloat16"]}
+HEADS = {
+    "cpu": [(2048, 512, 21841)],  # rows, width, classes
+    "cuda": [(2048, 512, 21841), (8192, 2048, 128256)],
+}
+DIVERGENCES = ["jsd", "dkd", "dist"]
 KEPT = 32
-
-Step = Callable[[], Any]
-
-
-def eager_jsd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    log_q = F.log_softmax(student / TEMPERATURE, 1)
-    p = F.softmax(teacher / TEMPERATURE, 1)
-    log_m = (0.5 * (p + log_q.exp())).log()
-    distil = 0.5 * F.kl_div(log_m, p, reduction="batchmean")
-    distil = distil + 0.5 * F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
-    return ALPHA * TEMPERATURE**2 * distil + (1 - ALPHA) * F.cross_entropy(student, target)
+HeadSteps = Callable[[str, torch.dtype, int, int, int], tuple[dict[str, Step], float]]
+OURS, TOPK = "fastscarce", f"kl, TopK of {KEPT}"
 
 
-def eager_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    label = F.one_hot(target, student.shape[1]).to(student.dtype)
-    q, p = (F.softmax(x / TEMPERATURE, 1) for x in (student, teacher))
-    q_label, p_label = (q * label).sum(1), (p * label).sum(1)
-    binary_q = torch.stack([q_label, (q * (1 - label)).sum(1)], 1)
-    binary_p = torch.stack([p_label, (p * (1 - label)).sum(1)], 1)
-    tckd = F.kl_div(binary_q.log(), binary_p, reduction="batchmean")
-    nckd = F.kl_div(
-        F.log_softmax(student / TEMPERATURE - 1000 * label, 1),
-        F.softmax(teacher / TEMPERATURE - 1000 * label, 1),
-        reduction="batchmean",
-    )
-    distil = TEMPERATURE**2 * (tckd + 8 * nckd)
-    return ALPHA * distil + (1 - ALPHA) * F.cross_entropy(student, target)
-
-
-def eager_dist(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    q, p = (F.softmax(x / TEMPERATURE, 1) for x in (student, teacher))
-
-    def apart(a: Tensor, b: Tensor) -> Tensor:
-        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-        return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8).mean()
-
-    distil = TEMPERATURE**2 * (apart(q, p) + apart(q.T, p.T))
-    return ALPHA * distil + (1 - ALPHA) * F.cross_entropy(student, target)
-
-
-def turns(steps: dict[str, Step], seconds: float) -> dict[str, float]:
-    """Medians in milliseconds of steps that take turns, at least 5 of them."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for run in steps.values():
-        run()
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, run in steps.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def losses(rows: int, classes: int, seconds: float) -> list[dict[str, Any]]:
-    student, teacher, target = tensors(rows, classes)
-    found = []
-
-    def gradient_of(of: Callable[..., Tensor], *arguments: Any, **options: Any) -> Step:
-        return lambda: torch.autograd.grad(of(student, *arguments, **options), student)
-
+def loss_steps(
+    name: str, device: str, dtype: torch.dtype, rows: int, classes: int
+) -> dict[str, Step]:
+    """Ours first, then its peers."""
+    student, teacher, target = harness.tensors(rows, classes, device, dtype)
     ours: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
-    for name, eager in (("jsd", eager_jsd), ("dkd", eager_dkd), ("dist", eager_dist)):
-        with torch.no_grad():
-            same = kd_loss(student, teacher, target, loss=name, **ours)
-            torch.testing.assert_close(same, eager(student, teacher, target), rtol=1e-3, atol=1e-4)
-        torch._dynamo.reset()
-        steps = {
-            "fastscarce": gradient_of(kd_loss, teacher, target, loss=name, **ours),
-            "torch.compile": gradient_of(torch.compile(eager), teacher, target),
-            "eager": gradient_of(eager, teacher, target),
-        }
-        found.append({"loss": name, "milliseconds": turns(steps, seconds)})
-    if classes > KEPT:
+    if name == TOPK:
         record = topk(teacher, KEPT)
-        steps = {
-            "fastscarce": gradient_of(kd_loss, record, target, **ours),
-            "dense teacher": gradient_of(kd_loss, teacher, target, **ours),
+        return {
+            OURS: harness.gradient_step(kd_loss, student, record, target, **ours),
+            "dense teacher": harness.gradient_step(kd_loss, student, teacher, target, **ours),
         }
-        found.append({"loss": f"kl, TopK of {KEPT}", "milliseconds": turns(steps, seconds)})
-    return [{"rows": rows, "classes": classes, **one} for one in found]
-
-
-def resident() -> float:
-    """Resident memory of the process in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def peak_of(run: Step) -> float:
-    """Most resident memory during a step, above that before it, in MiB."""
-    before, most, done = resident(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, resident() - before)
-            time.sleep(5e-4)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = run()
-    done.set()
-    watcher.join()
-    del result
-    return most
-
-
-def head(seconds: float) -> dict[str, Any]:
-    rows, width, classes = HEAD
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(rows, width, generator=generator).requires_grad_()
-    weight = (torch.randn(classes, width, generator=generator) / width**0.5).requires_grad_()
-    bias = torch.zeros(classes, requires_grad=True)
-    _, teacher, target = tensors(rows, classes)
-    layer = (features, weight, bias)
-
-    def fused() -> Any:
-        loss = linear_kd_loss(*layer, teacher, target, temperature=TEMPERATURE, alpha=ALPHA)
-        return torch.autograd.grad(loss, layer)
-
-    def unfused() -> Any:
-        logits = F.linear(*layer)
-        loss = kd_loss(logits, teacher, target, temperature=TEMPERATURE, alpha=ALPHA)
-        return torch.autograd.grad(loss, layer)
-
-    fused()
-    # The allocator gives back what it freed, in this process: the peak of each counts for itself.
-    peaks = {"fastscarce": peak_of(fused), "unfused": peak_of(unfused)}
-    results = 4 * (features.numel() + weight.numel() + bias.numel()) / 2**20
+    torch._dynamo.reset()
+    eager = peers.EAGER[name]
+    found = {"torch.compile": torch.compile(eager), "eager": eager}
+    if name == "jsd" and device == "cuda":
+        found.update(peers.liger("jsd"))
+    options = {**ours, "loss": name}
+    harness.check_agreement(
+        {
+            OURS: partial(kd_loss, **options),
+            **{key: peer for key, peer in found.items() if key != "torch.compile"},
+        },
+        (student, teacher, target),
+    )
     return {
-        "rows": rows,
-        "width": width,
-        "classes": classes,
-        "milliseconds": turns({"fastscarce": fused, "unfused": unfused}, seconds),
-        "peak_mebibytes": peaks,
-        "gradients_mebibytes": results,
+        OURS: harness.gradient_step(kd_loss, student, teacher, target, **options),
+        **{k: harness.gradient_step(peer, student, teacher, target) for k, peer in found.items()},
     }
 
 
-def measure(part: str, seconds: float) -> str:
-    torch.set_num_threads(THREADS)
-    if part == "head":
-        return json.dumps(head(4 * seconds))
-    return json.dumps([one for size in SHAPES for one in losses(*size, seconds)])
+def head_steps(
+    device: str, dtype: torch.dtype, rows: int, width: int, classes: int
+) -> tuple[dict[str, Step], float]:
+    """The fused head and the layer before its loss; MiB of the gradients, which both make."""
+    layer, _ = _layer(device, dtype, rows, width, classes)
+    _, teacher, target = harness.tensors(rows, classes, device, dtype)
+    options: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
+
+    def unfused(*parts: Tensor) -> Tensor:
+        return kd_loss(F.linear(*parts), teacher, target, **options)
+
+    gradients = sum(x.numel() * x.element_size() for x in layer) / 2**20
+    return {
+        OURS: harness.gradient_step(linear_kd_loss, layer, teacher, target, **options),
+        "unfused": harness.gradient_step(unfused, layer),
+    }, gradients
+
+
+def two_heads_steps(
+    device: str, dtype: torch.dtype, rows: int, width: int, classes: int
+) -> tuple[dict[str, Step], float]:
+    """Both last layers, JSD alone and no bias: what Liger-Kernel's fused head computes."""
+    (features, weight, _), teacher = _layer(device, dtype, rows, width, classes)
+
+    def ours(features: Tensor, weight: Tensor) -> Tensor:
+        return linear_kd_loss(
+            features,
+            weight,
+            None,
+            teacher,
+            loss="jsd",
+            temperature=TEMPERATURE,
+            alpha=1.0,
+            t_squared=False,
+        )
+
+    def unfused(features: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(features, weight)
+        return kd_loss(
+            logits, F.linear(*teacher), loss="jsd", temperature=TEMPERATURE, t_squared=False
+        )
+
+    found: dict[str, Callable[..., Tensor]] = {OURS: ours, "unfused": unfused}
+    if device == "cuda":
+        found.update({k: partial(peer, teacher=teacher) for k, peer in peers.liger_head().items()})
+    leaves = (features, weight)
+    gradients = sum(x.numel() * x.element_size() for x in leaves) / 2**20
+    return {k: harness.gradient_step(of, leaves) for k, of in found.items()}, gradients
+
+
+HEAD_STEPS: dict[str, HeadSteps] = {"dense teacher": head_steps, "both heads, JSD": two_heads_steps}
+
+
+def _layer(
+    device: str, dtype: torch.dtype, rows: int, width: int, classes: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Features, weight and bias of a student; features and weight of a teacher."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        made = torch.randn(*size, generator=generator, device=device, dtype=dtype)
+        return made / width**0.5 if size[0] == classes else made
+
+    features, weight = normal(rows, width), normal(classes, width)
+    bias = torch.zeros(classes, device=device, dtype=dtype)
+    teacher = normal(rows, width), normal(classes, width)
+    return (features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()), teacher
+
+
+def names_for(classes: int) -> list[str]:
+    return [*DIVERGENCES, TOPK] if classes > KEPT else DIVERGENCES
+
+
+def measure_losses(device: str, shapes: list[tuple[int, int]], seconds: float) -> list[Row]:
+    found = []
+    for dtype in DTYPES[device]:
+        for rows, classes in shapes:
+            for name in names_for(classes):
+                candidates = loss_steps(name, device, getattr(torch, dtype), rows, classes)
+                row: Row = {"loss": name, "dtype": dtype, "rows": rows, "classes": classes}
+                found.append({**row, **harness.turns(candidates, seconds, device)})
+    return found
+
+
+def measure_heads(device: str, heads: list[tuple[int, int, int]], seconds: float) -> list[Row]:
+    found = []
+    for dtype in DTYPES[device]:
+        for rows, width, classes in heads:
+            for name, make in HEAD_STEPS.items():
+                candidates, gradients = make(device, getattr(torch, dtype), rows, width, classes)
+                row: Row = {"head": name, "dtype": dtype, "rows": rows, "width": width}
+                row["classes"] = classes
+                row |= harness.turns(candidates, 4 * seconds, device)
+                row["gradients_mebibytes"] = gradients
+                row["peak_mebibytes"] = {
+                    k: harness.peak_of(candidates[k], device) for k in row["milliseconds"]
+                }
+                found.append(row)
+    return found
+
+
+def losses_table(rows: list[Row]) -> str:
+    head = ["N x C", "dtype", "loss", "fastscarce ms", "others ms", "times"]
+    lines = []
+    for row in rows:
+        others = {k: v for k, v in row["milliseconds"].items() if k != OURS}
+        line = [f"{row['rows']} x {row['classes']}", row["dtype"], row["loss"]]
+        line.append(harness.short(row["milliseconds"][OURS]))
+        line.append(", ".join(f"{k} {harness.short(v)}" for k, v in others.items()))
+        line.append(", ".join(f"{row['ratio'][k]:.1f}" for k in others))
+        lines.append(line)
+    return harness.markdown(head, lines)
+
+
+def heads_table(rows: list[Row]) -> str:
+    head = ["N x width to C", "dtype", "teacher", "method", "ms", "times", "peak MiB"]
+    lines = []
+    for row in rows:
+        size = f"{row['rows']} x {row['width']} to {row['classes']}"
+        line = [size, row["dtype"], row["head"]]
+        for name, ms in row["milliseconds"].items():
+            figures = [harness.short(ms), f"{row['ratio'][name]:.2f}"]
+            lines.append([*line, name, *figures, harness.short(row["peak_mebibytes"][name])])
+        lines.append([*line, "gradients alone", "", "", harness.short(row["gradients_mebibytes"])])
+    return harness.markdown(head, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The other losses beside their peers.")
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--device", choices=list(DTYPES), default="cpu")
     parser.add_argument("--seconds", type=float, default=8.0, help="per loss and shape")
-    parser.add_argument("--measure", choices=["losses", "head"], help="this process only, JSON")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of the CPU")
+    parser.add_argument("--shapes", nargs="+", type=harness.shape, help="ROWSxCLASSES ...")
+    parser.add_argument("--heads", nargs="+", type=_head, help="ROWSxWIDTHxCLASSES ...")
+    parser.add_argument("--out", type=Path, help="JSON record instead of that of this machine")
+    parser.add_argument(
+        "--part", choices=["losses", "heads"], help="this one alone, in this process, JSON"
+    )
     arguments = parser.parse_args()
-    if arguments.measure:
-        print(measure(arguments.measure, arguments.seconds))
-        return
-    clean = {k: v for k, v in os.environ.items() if k not in WARM}
-    found: dict[str, Any] = {}
-    for part, variables in (("losses", WARM), ("head", {})):
-        command = [sys.executable, __file__, "--measure", part, "--seconds", str(arguments.seconds)]
-        done = subprocess.run(
-            command, env={**clean, **variables}, stdout=subprocess.PIPE, check=True, text=True
+    device = arguments.device
+    shapes, heads = arguments.shapes or SHAPES[device], arguments.heads or HEADS[device]
+    torch.set_num_threads(arguments.threads)
+    if arguments.part:
+        measured = (
+            measure_losses(device, shapes, arguments.seconds)
+            if arguments.part == "losses"
+            else measure_heads(device, heads, arguments.seconds)
         )
-        found[part] = json.loads(done.stdout.splitlines()[-1])
-    print("\n| N x C | loss | fastscarce ms | others ms | times |\n|---|---|---|---|---|")
-    for row in found["losses"]:
-        ms = row["milliseconds"]
-        others = {name: value for name, value in ms.items() if name != "fastscarce"}
-        cells = [f"{row['rows']} x {row['classes']}", row["loss"], f"{ms['fastscarce']:.2f}"]
-        cells.append(", ".join(f"{name} {value:.2f}" for name, value in others.items()))
-        cells.append(", ".join(f"{value / ms['fastscarce']:.1f}" for value in others.values()))
-        print(f"| {' | '.join(cells)} |")
-    print(f"\nfused head: {found['head']}")
-    RESULTS.write_text(json.dumps({**environment(), **found}, indent=1) + "\n")
+        print(json.dumps(measured))
+        return
+    words = ["--device", device, "--seconds", str(arguments.seconds)]
+    words += ["--threads", str(arguments.threads)]
+    words += ["--shapes", *("x".join(map(str, size)) for size in shapes)]
+    words += ["--heads", *("x".join(map(str, size)) for size in heads)]
+    record = harness.environment(device, arguments.threads)
+    for part, table in (("losses", losses_table), ("heads", heads_table)):
+        # Of the head the peak is measured: what is freed has to go back.
+        record[part] = harness.in_fresh_process(
+            __file__, [*words, "--part", part], warm=part == "losses"
+        )
+        print(f"\n{table(record[part])}")
+    harness.write_record(
+        arguments.out or harness.RESULTS / f"losses-{harness.place(device)}.json", record
+    )
+
+
+def _head(text: str) -> tuple[int, int, int]:
+    rows, width, classes = text.split("x")
+    return int(rows), int(width), int(classes)
+
+
+DEVICES = [device for device in DTYPES if device == "cpu" or torch.cuda.is_available()]
+
+
+@pytest.mark.parametrize("method", [OURS, "torch.compile", "eager", "dense teacher", "Liger"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "rows", "classes", "name"),
+    [
+        (device, dtype, *size, name)
+        for device in DEVICES
+        for dtype in DTYPES[device]
+        for size in SHAPES[device]
+        for name in names_for(size[1])
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_loss(
+    benchmark: Any, device: str, dtype: str, rows: int, classes: int, name: str, method: str
+) -> None:
+    torch.set_num_threads(THREADS)
+    run = loss_steps(name, device, getattr(torch, dtype), rows, classes).get(method)
+    _benchmark(benchmark, run, device, method)
+
+
+@pytest.mark.parametrize("method", [OURS, "unfused", "Liger"])
+@pytest.mark.parametrize("name", list(HEAD_STEPS))
+@pytest.mark.parametrize(
+    ("device", "dtype", "rows", "width", "classes"),
+    [
+        (device, dtype, *size)
+        for device in DEVICES
+        for dtype in DTYPES[device]
+        for size in HEADS[device]
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_head(
+    benchmark: Any,
+    device: str,
+    dtype: str,
+    rows: int,
+    width: int,
+    classes: int,
+    name: str,
+    method: str,
+) -> None:
+    torch.set_num_threads(THREADS)
+    candidates, _ = HEAD_STEPS[name](device, getattr(torch, dtype), rows, width, classes)
+    _benchmark(benchmark, candidates.get(method), device, method)
+
+
+def _benchmark(benchmark: Any, run: Step | None, device: str, method: str) -> None:
+    if run is None:
+        pytest.skip(f"{method} is no peer here, or not installed")
+    benchmark.pedantic(harness.milliseconds, (run, device), rounds=5, warmup_rounds=2)
 
 
 if __name__ == "__main__":

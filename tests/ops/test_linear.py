@@ -132,6 +132,41 @@ def test_dtypes(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a.double(), b, rtol=step, atol=step * float(b.abs().max()))
 
 
+def test_many_chunks_of_16_bits_add_up() -> None:
+    # 64 chunks whose gradients are alike: sums in 16 bits would stop growing.
+    generator = torch.Generator().manual_seed(0)
+    features = torch.ones(1024, 8, dtype=torch.bfloat16)
+    weight = torch.randn(5000, 8, generator=generator).to(torch.bfloat16).requires_grad_()
+    bias = torch.zeros(5000, dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(1, 5000, generator=generator).to(torch.bfloat16).expand(1024, 5000)
+    exact = [x.detach().double().requires_grad_() for x in (weight, bias)]
+    options: Any = {"reduction": "sum", "temperature": 2.0}
+    got = torch.autograd.grad(
+        linear_kd_loss(features, weight, bias, teacher, memory=1e-6, **options), (weight, bias)
+    )
+    logits = F.linear(features.double(), *exact)
+    expected = torch.autograd.grad(kd_loss(logits, teacher.double(), **options), exact)
+    for a, b in zip(got, expected, strict=True):
+        error = (a.double() - b).norm() / b.norm()
+        assert error < 0.01, error
+
+
+def test_wide_features_of_16_bits() -> None:
+    # A chunk of logits is smaller than a row of the weight.
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 900, generator=generator).to(torch.bfloat16)
+    weight = (torch.randn(3, 900, generator=generator) / 30).to(torch.bfloat16).requires_grad_()
+    labels = torch.randint(3, (20,), generator=generator)
+    (got,) = torch.autograd.grad(
+        linear_kd_loss(features, weight, None, None, labels, memory=1e-6), weight
+    )
+    exact = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        F.cross_entropy(F.linear(features.double(), exact), labels), exact
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=1e-3)
+
+
 def test_autocast() -> None:
     layer, head, labels = example()
     leaves = tuple(x.float().requires_grad_() for x in layer)
