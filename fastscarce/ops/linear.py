@@ -242,7 +242,7 @@ def linear_kd_loss(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_kd_loss needs reduction 'mean' or 'sum', got {reduction!r}.")
-    for name in ("gradient", "out", "reuse_teacher_buffer", "weight"):
+    for name in ("gradient", "out", "reuse_teacher_buffer", "statistics", "weight"):
         if name in options:
             raise ValueError(f"linear_kd_loss needs no {name}, got one.")
     if options.get("loss") == "dist":

@@ -221,6 +221,8 @@ def test_refusals() -> None:
         linear_kd_loss(features, weight, bias, logits[1:])
     with pytest.raises(ValueError, match="needs no out, got one"):
         linear_kd_loss(features, weight, bias, logits, out=logits)
+    with pytest.raises(ValueError, match="needs no statistics, got one"):
+        linear_kd_loss(features, weight, bias, logits, statistics=True)
     with pytest.raises(ValueError, match="a loss of rows, got 'dist'"):
         linear_kd_loss(features, weight, bias, logits, loss="dist")
     with pytest.raises(ValueError, match="memory above 0 MiB, got 0"):
