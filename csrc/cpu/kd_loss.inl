@@ -183,11 +183,12 @@ struct Kd {
     };
     int64_t i = 0;
     if (stream && n >= L) {
-      // An unaligned head that overlaps the first aligned vector, then whole vectors.
-      value(0).store(out);
+      // Up to where whole lines begin, and no further: a line that was stored to in the cache and is
+      // then streamed to goes to memory twice.
       constexpr int64_t bytes = L * int64_t(sizeof(A));
       const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % bytes);
       i = past ? (bytes - past) / int64_t(sizeof(A)) : 0;
+      if (i) value(0).store_part(out, i);
       for (; i + L <= n; i += L) value(i).stream(out + i);
     } else {
       for (; i + L <= n; i += L) value(i).store(out + i);
