@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -20,26 +19,6 @@ namespace {
 using torch::stable::Tensor;
 #define FS_HD
 #include "../math/augment.h"
-
-// Matrices within this keep every coordinate far from overflow.
-constexpr float kLargestNumber = 1e6f;
-
-bool is_box(const int16_t* box, int64_t height, int64_t width) {
-  return box[0] >= 0 && box[1] >= 0 && box[2] <= height && box[3] <= width;
-}
-bool is_sound(const PlanRow& row, int64_t rows, int64_t height, int64_t width) {
-  for (const float number : row.matrix)
-    if (!(std::fabs(number) <= kLargestNumber)) return false;
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (row.operation[slot] >= kOperations) return false;
-    if (!(std::fabs(row.argument[slot]) <= kLargestNumber)) return false;
-    if (!(std::fabs(row.rest[slot]) <= kLargestNumber)) return false;
-    if (row.operation[slot] == kPosterize && !(row.argument[slot] >= 0.0f)) return false;
-  }
-  return row.partner >= 0 && row.partner < rows && row.lam >= 0.0f && row.lam <= 1.0f &&
-         is_box(row.box, height, width) && is_box(row.erase, height, width) && row.mix < kMixes &&
-         row.sampling < kSamplings && row.border < kBorders && row.warp_at <= kSlots;
-}
 
 AugmentKernel kernel(int channels) {
 #if defined(__x86_64__)

@@ -76,11 +76,6 @@ class Renderer {
     return kept_[last_] = current_;
   }
 
-  static bool is_identity(const float* m) {
-    return m[0] == 1.0f && m[1] == 0.0f && m[2] == 0.0f && m[3] == 0.0f && m[4] == 1.0f &&
-           m[5] == 0.0f;
-  }
-
   // What was written to `spare_` is the image now.
   void turn() {
     current_ = spare_;

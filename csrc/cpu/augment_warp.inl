@@ -72,28 +72,6 @@ void warp_nearest(const Warp& warp, const Axis& across, const Axis& down, const 
   }
 }
 
-// Four taps a pixel, one by one: where the border is near.
-template <int C>
-void fetch_bilinear(const Warp& warp, float x, float y, uint8_t* to) {
-  const float left = __builtin_floorf(x), top = __builtin_floorf(y);
-  const float across = plus(x, -left), down = plus(y, -top);
-  const bool reflects = warp.row->border == kReflect;
-  const auto tap = [&](float column, float line) {
-    const float right = float(warp.width - 1), bottom = float(warp.height - 1);
-    if (reflects) column = between(column, 0.0f, right), line = between(line, 0.0f, bottom);
-    if (!(column >= 0.0f && column <= right && line >= 0.0f && line <= bottom))
-      return static_cast<const uint8_t*>(warp.row->fill);
-    return warp.source + (int64_t(line) * warp.width + int64_t(column)) * C;
-  };
-  const uint8_t *a = tap(left, top), *b = tap(left + 1.0f, top);
-  const uint8_t *c = tap(left, top + 1.0f), *d = tap(left + 1.0f, top + 1.0f);
-  for (int k = 0; k < C; ++k) {
-    const float upper = interpolated(float(a[k]), float(b[k]), across);
-    const float lower = interpolated(float(c[k]), float(d[k]), across);
-    to[k] = level(whole(interpolated(upper, lower, down)));
-  }
-}
-
 // A line of results: all taps are fetched, then all are weighed. Pixels near the border, whose taps
 // are put inside here, are done again one by one.
 template <int C>
@@ -115,10 +93,13 @@ void warp_bilinear(const Warp& warp, const Axis& across, const Axis& down, const
   const int64_t next = width > 1 ? C : 0, below = height > 1 ? int64_t(width) * C : 0;
   for (int line = 0; line < height; ++line) {
     coordinates(warp, across, down, line, lines);
+    int inside = 0;
     for (int i = 0; i < width; ++i) {
-      const float left = __builtin_floorf(xs[i]), top = __builtin_floorf(ys[i]);
-      shares_x[i] = plus(xs[i], -left);
-      shares_y[i] = plus(ys[i], -top);
+      const float x = xs[i], y = ys[i];
+      inside += (x >= 0.0f) & (x < right) & (y >= 0.0f) & (y < bottom) ? 1 : 0;
+      const float left = __builtin_floorf(x), top = __builtin_floorf(y);
+      shares_x[i] = plus(x, -left);
+      shares_y[i] = plus(y, -top);
       const int column = int(between(left, 0.0f, last_left));
       at[i] = (int(between(top, 0.0f, last_top)) * width + column) * C;
     }
@@ -145,7 +126,7 @@ void warp_bilinear(const Warp& warp, const Axis& across, const Axis& down, const
           const float e = float(int32_t((t3[i] >> (8 * c)) & 255u));
           const float share = shares_x[i];
           const float upper = interpolated(a, b, share), lower = interpolated(d, e, share);
-          part[c][k] = level(whole(interpolated(upper, lower, shares_y[i])));
+          part[c][k] = uint8_t(int(whole(interpolated(upper, lower, shares_y[i]))));
         }
       }
       if (first + kBlock <= width) {
@@ -155,10 +136,10 @@ void warp_bilinear(const Warp& warp, const Axis& across, const Axis& down, const
           for (int c = 0; c < C; ++c) to[C * (first + k) + c] = part[c][k];
       }
     }
-    for (int i = 0; i < width; ++i) {
+    for (int i = 0; i < width && inside < width; ++i) {
       const float x = xs[i], y = ys[i];
       if (!((x >= 0.0f) & (x < right) & (y >= 0.0f) & (y < bottom)))
-        fetch_bilinear<C>(warp, x, y, to + C * i);
+        fetch_bilinear<C>(source, width, height, *warp.row, x, y, to + C * i);
     }
   }
 }

@@ -52,6 +52,34 @@ struct PlanRow {
 };
 static_assert(sizeof(PlanRow) == 128, "a row of a plan has 128 bytes");
 
+// Matrices within this keep every coordinate far from overflow.
+constexpr float kLargestNumber = 1e6f;
+
+FS_HD inline bool is_bounded(float number) {
+  return number >= -kLargestNumber && number <= kLargestNumber;  // NaN is not
+}
+FS_HD inline bool is_box(const int16_t* box, int64_t height, int64_t width) {
+  return box[0] >= 0 && box[1] >= 0 && box[2] <= height && box[3] <= width;
+}
+// Whether a row can be carried out without leaving any memory.
+FS_HD inline bool is_sound(const PlanRow& row, int64_t rows, int64_t height, int64_t width) {
+  for (int i = 0; i < 6; ++i)
+    if (!is_bounded(row.matrix[i])) return false;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (row.operation[slot] >= kOperations || !is_bounded(row.argument[slot]) ||
+        !is_bounded(row.rest[slot]))
+      return false;
+    if (row.operation[slot] == kPosterize && !(row.argument[slot] >= 0.0f)) return false;
+  }
+  return row.partner >= 0 && row.partner < rows && row.lam >= 0.0f && row.lam <= 1.0f &&
+         is_box(row.box, height, width) && is_box(row.erase, height, width) && row.mix < kMixes &&
+         row.sampling < kSamplings && row.border < kBorders && row.warp_at <= kSlots;
+}
+FS_HD inline bool is_identity(const float* m) {
+  return m[0] == 1.0f && m[1] == 0.0f && m[2] == 0.0f && m[3] == 0.0f && m[4] == 1.0f &&
+         m[5] == 0.0f;
+}
+
 FS_HD inline float product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -255,11 +283,38 @@ FS_HD inline float reflected(float x, float side) {
   const float span = side - 1.0f, period = 2.0f * span;
   if (span <= 0.0f) return 0.0f;
   x = x < 0.0f ? -x : x;
-  x = plus(x, -product(period, __builtin_floorf(quotient(x, period))));
+  x = plus(x, -product(period, __builtin_floorf(product(x, quotient(1.0f, period)))));
   return between(x > span ? plus(period, -x) : x, 0.0f, span);
 }
 FS_HD inline float interpolated(float a, float b, float share) {
   return fused(share, plus(b, -a), a);
+}
+
+// A pixel between four others, those outside taken from the border.
+template <int C>
+FS_HD inline void fetch_bilinear(const uint8_t* source, int width, int height, const PlanRow& row,
+                                 float x, float y, uint8_t* to) {
+  const float right = float(width - 1), bottom = float(height - 1);
+  const bool touches = (x > -1.0f) & (x < float(width)) & (y > -1.0f) & (y < float(height));
+  if (!touches) {
+    for (int k = 0; k < C; ++k) to[k] = row.fill[k];
+    return;
+  }
+  const float left = __builtin_floorf(x), top = __builtin_floorf(y);
+  const float across = plus(x, -left), down = plus(y, -top);
+  const auto tap = [&](float column, float line) {
+    if (row.border == kReflect)
+      column = between(column, 0.0f, right), line = between(line, 0.0f, bottom);
+    if (!(column >= 0.0f && column <= right && line >= 0.0f && line <= bottom)) return row.fill + 0;
+    return source + (int64_t(line) * width + int64_t(column)) * C;
+  };
+  const uint8_t *a = tap(left, top), *b = tap(left + 1.0f, top);
+  const uint8_t *c = tap(left, top + 1.0f), *d = tap(left + 1.0f, top + 1.0f);
+  for (int k = 0; k < C; ++k) {
+    const float upper = interpolated(float(a[k]), float(b[k]), across);
+    const float lower = interpolated(float(c[k]), float(d[k]), across);
+    to[k] = level(whole(interpolated(upper, lower, down)));
+  }
 }
 
 // ---- what is stored

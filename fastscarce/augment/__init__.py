@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastscarce.augment.apply import apply
+from fastscarce.augment.describe import describe
 from fastscarce.augment.draw import draw, neighbours
 from fastscarce.augment.plan import Plan, concatenate
 from fastscarce.augment.policy import POLICIES, Policy, get_policy
@@ -42,6 +43,7 @@ __all__ = [
     "TrivialAugment",
     "apply",
     "concatenate",
+    "describe",
     "draw",
     "get_policy",
     "neighbours",
