@@ -17,7 +17,7 @@ from numba import njit
 from fastscarce.augment.philox import philox4x32, uniform, view_numbers
 from fastscarce.augment.plan import Plan
 from fastscarce.augment.policy import Policy, get_policy
-from fastscarce.augment.table import BORDERS, OPERATIONS, SAMPLINGS, new_table
+from fastscarce.augment.table import BORDERS, OPERATIONS, PLAN, SAMPLINGS, SLOTS
 
 __all__ = ["draw", "neighbours"]
 
@@ -30,6 +30,21 @@ _ROTATE, _SOLARIZE, _COLOR = _CODE["rotate"], _CODE["solarize"], _CODE["color"]
 _POSTERIZE, _CONTRAST, _BRIGHTNESS = _CODE["posterize"], _CODE["contrast"], _CODE["brightness"]
 _SHARPNESS, _SHEAR_X, _SHEAR_Y = _CODE["sharpness"], _CODE["shear_x"], _CODE["shear_y"]
 _TRANSLATE_X, _TRANSLATE_Y, _HUE = _CODE["translate_x"], _CODE["translate_y"], _CODE["hue"]
+
+
+def _place(name: str, size: int) -> int:
+    """Where a field begins in a row of numbers of ``size`` bytes."""
+    fields = PLAN.fields
+    assert fields is not None
+    return int(fields[name][1]) // size
+
+
+_LAM, _MATRIX, _ARGUMENT = _place("lam", 4), _place("matrix", 4), _place("argument", 4)
+_REST, _AMOUNT, _VIEW = _place("rest", 4), _place("amount", 4), _place("view", 4)
+_PARTNER, _BOX, _ERASE = _place("partner", 4), _place("box", 2), _place("erase", 2)
+_OPERATION, _DRAWN, _FILL = _place("operation", 1), _place("drawn", 1), _place("fill", 1)
+_ERASE_FILL, _MIX, _WARP_AT = _place("erase_fill", 1), _place("mix", 1), _place("warp_at", 1)
+_SAMPLING, _BORDER = _place("sampling", 1), _place("border", 1)
 
 
 def neighbours(rows: int) -> npt.NDArray[np.int64]:
@@ -74,21 +89,24 @@ def draw(
     rows = ids.shape[0]
     size = checked_size("draw", image_size)
     views = view_numbers(view, rows)
-    table = new_table(rows)
-    table["id"] = ids
-    table["view"] = views
-    table["partner"] = neighbours(rows) if partners is None else _partners(partners, rows)
-    table["sampling"] = SAMPLINGS.index(chosen.sampling)
-    table["border"] = BORDERS.index("reflect" if chosen.fill == "reflect" else "fill")
-    if any(chosen.fill_levels):
-        table["fill"][:, :3] = chosen.fill_levels
-    if chosen.steps:
+    places = neighbours(rows) if partners is None else _partners(partners, rows)
+    border = "reflect" if chosen.fill == "reflect" else "fill"
+    # Whole numbers of eight bytes, so that each row lies where the kernels can read it; passed on
+    # as a few plain arrays, because each one costs a compiled function more than a row does.
+    words = np.zeros((rows, PLAN.itemsize // 8), dtype=np.int64)
+    words[:, 0] = ids
+    small = words.view(np.uint8)
+    if rows:
+        middle = np.array(
+            [SAMPLINGS.index(chosen.sampling), BORDERS.index(border), *chosen.fill_levels],
+            dtype=np.uint8,
+        )
         _draw_rows(
-            chosen.codes, chosen.numbers, np.uint64(seed & 0xFFFFFFFFFFFFFFFF), ids, views,
-            table["partner"], size[0], size[1], table["lam"], table["box"], table["matrix"],
-            table["argument"], table["rest"], table["operation"], table["erase"],
-            table["erase_fill"], table["mix"], table["warp_at"], table["amount"], table["drawn"],
+            chosen.codes, chosen.numbers, np.uint64(seed & 0xFFFFFFFFFFFFFFFF), ids, views, places,
+            size[0], size[1], middle, words.view(np.float32), words.view(np.int32),
+            words.view(np.int16), small,
         )  # fmt: skip
+    table = small.view(PLAN).reshape(rows)
     return Plan(table, size)
 
 
@@ -228,14 +246,27 @@ def _place_erasing(n, words, more, height, width, erase, fill):  # type: ignore[
 
 @njit(cache=True)
 def _draw_rows(  # type: ignore[no-untyped-def]
-    codes, numbers, seed, ids, views, partner, height, width, lam, box, matrix, argument, rest,
-    operation, erase, erase_fill, mix, warp_at, amounts, drawn,
+    codes, numbers, seed, ids, views, partner, height, width, middle, floats, integers, shorts,
+    small,
 ):  # fmt: skip
+    lam, mix, warp_at = floats[:, _LAM], small[:, _MIX], small[:, _WARP_AT]
+    matrix = floats[:, _MATRIX : _MATRIX + 6]
+    argument, rest = floats[:, _ARGUMENT : _ARGUMENT + SLOTS], floats[:, _REST : _REST + SLOTS]
+    amounts = floats[:, _AMOUNT : _AMOUNT + SLOTS]
+    operation = small[:, _OPERATION : _OPERATION + SLOTS]
+    drawn, erase_fill = small[:, _DRAWN : _DRAWN + SLOTS], small[:, _ERASE_FILL : _ERASE_FILL + 4]
+    box, erase = shorts[:, _BOX : _BOX + 4], shorts[:, _ERASE : _ERASE + 4]
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     k0, k1 = seed & mask, seed >> half
     m = np.empty(6)
     for row in range(ids.shape[0]):
         sample = np.uint64(ids[row])
+        integers[row, _VIEW] = np.int32(np.uint32(views[row]))
+        integers[row, _PARTNER] = partner[row]
+        lam[row] = 1.0
+        small[row, _SAMPLING], small[row, _BORDER] = middle[0], middle[1]
+        for channel in range(3):
+            small[row, _FILL + channel] = middle[2 + channel]
         low, high, view = sample & mask, sample >> half, views[row]
         m[0] = m[4] = 1.0
         m[1] = m[2] = m[3] = m[5] = 0.0
@@ -324,4 +355,4 @@ def _draw_rows(  # type: ignore[no-untyped-def]
                     mix[row] = 2
                     lam[row] = share
         for place in range(6):
-            matrix[row, place // 3, place % 3] = m[place]
+            matrix[row, place] = m[place]
