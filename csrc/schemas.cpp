@@ -50,6 +50,14 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
   m.def(
       "dist_loss(Tensor student, Tensor teacher, float temperature, float inter, float intra, "
       "bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor factor)");
+  // A row of `plan` (uint8, 128 bytes) a result; `index`: which image each row reads. `pixels`: of
+  // the result, 0 float32, 1 bfloat16, 2 float16, 3 uint8, which is not normalised.
+  m.def(
+      "augment(Tensor images, Tensor plan, Tensor? index, float[] mean, float[] std, int pixels, "
+      "bool channels_last, bool fast) -> Tensor");
+  m.def(
+      "augment_out(Tensor images, Tensor plan, Tensor? index, float[] mean, float[] std, "
+      "bool channels_last, bool fast, Tensor(a!) out) -> ()");
   m.def("kd_loss_backward(Tensor gradient, Tensor factor, Tensor upstream) -> Tensor");
   m.def("kd_loss_backward_(Tensor(a!) gradient, Tensor factor, Tensor upstream) -> ()");
 }

@@ -221,3 +221,41 @@ def _dist_loss_fake(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _kd_results(student, _MEAN, with_gradient)
+
+
+# ---- augment
+
+
+_PIXELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+
+
+@torch.library.register_fake("fastscarce::augment")
+def _augment_fake(
+    images: Tensor,
+    plan: Tensor,
+    index: Tensor | None,
+    mean: list[float],
+    std: list[float],
+    pixels: int,
+    channels_last: bool,
+    fast: bool,
+) -> Tensor:
+    rows, (height, width, channels) = plan.shape[0], images.shape[1:]
+    if channels_last:
+        shape = (rows, height, width, channels)
+        return images.new_empty(shape, dtype=_PIXELS[pixels]).permute(0, 3, 1, 2)
+    return images.new_empty((rows, channels, height, width), dtype=_PIXELS[pixels])
+
+
+@torch.library.register_fake("fastscarce::augment_out")
+def _augment_out_fake(
+    images: Tensor,
+    plan: Tensor,
+    index: Tensor | None,
+    mean: list[float],
+    std: list[float],
+    channels_last: bool,
+    fast: bool,
+    out: Tensor,
+) -> None:
+    return None

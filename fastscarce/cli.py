@@ -19,19 +19,21 @@ from fastscarce.config import (
     DistillConfig,
     FinetuneConfig,
     LabelCommandConfig,
-    RunConfig,
     SelftrainConfig,
+    ShowAugmentConfig,
 )
 from fastscarce.errors import ConfigError, FastscarceError, Interrupted
 
 __all__ = ["main"]
 
-COMMANDS: dict[str, type[RunConfig]] = {
+COMMANDS: dict[str, type] = {
     "selftrain": SelftrainConfig,
     "finetune": FinetuneConfig,
     "label": LabelCommandConfig,
     "distill": DistillConfig,
+    "show-augment": ShowAugmentConfig,
 }
+_SHOW = "show-augment"
 _DOCTOR = "doctor"
 
 
@@ -169,6 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastscarce.doctor import main as examine
 
             return examine()
+        if command == _SHOW:
+            from fastscarce.report import show_augment
+
+            print(show_augment(config))
+            return 0
         return _train(command, config)
     except Interrupted as error:
         print(str(error), file=sys.stderr)

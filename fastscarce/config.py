@@ -17,6 +17,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "SelftrainConfig",
+    "ShowAugmentConfig",
     "StageConfig",
     "StudentConfig",
     "to_dict",
@@ -85,7 +86,7 @@ class StageConfig:
         ema_decay: Of the weights' moving average, which is the model that a stage returns.
         max_gradient_norm: Gradients are scaled down to this norm. `null` leaves them.
         augmentation: Policy of the labelled views.
-        cutmix_probability: Part of the steps whose images are mixed.
+        cutmix_probability: Part of the views that a box of their neighbour's is pasted into.
         cutmix_alpha: Both parameters of the Beta distribution of the mixed area.
         label_smoothing: Part of a label spread evenly over the classes.
     """
@@ -248,6 +249,31 @@ class DistillConfig(DataConfig, RunConfig):
     labels: str = "runs/labels"
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+
+
+@dataclass
+class ShowAugmentConfig:
+    """Draw a sheet of images by view, with what was done to each written under it.
+
+    Attributes:
+        policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`, or a YAML file.
+        data: As for training: `digits`, `folder:PATH` or `idx:PATH`.
+        out: The PNG file.
+        images: Rows of the sheet.
+        views: Views of each image.
+        seed: Every draw follows from it.
+        image_size: Side in pixels that images of a folder are brought to.
+        flip: Whether a mirrored image keeps its label; `auto` asks the data set.
+    """
+
+    policy: str = "strong+cutmix"
+    data: str = "digits"
+    out: str = "sheet.png"
+    images: int = 6
+    views: int = 5
+    seed: int = 0
+    image_size: int | None = None
+    flip: Literal["auto", "yes", "no"] = "auto"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-from fastscarce.augment.kornia import carry_out, views
-from fastscarce.augment.mix import cutmix, partners
-from fastscarce.augment.policy import MAPPING_VERSION, OPERATIONS, PLAN, POLICIES, Policy, draw
+from fastscarce.augment.apply import apply
+from fastscarce.augment.describe import describe
+from fastscarce.augment.draw import draw, neighbours
+from fastscarce.augment.plan import Plan, concatenate
+from fastscarce.augment.policy import POLICIES, Policy, get_policy
+from fastscarce.augment.single import plan_of
+from fastscarce.augment.steps import (
+    STEPS,
+    Affine,
+    CutMix,
+    Erase,
+    Flip,
+    Jitter,
+    MixUp,
+    RandAugment,
+    ResizedCrop,
+    Shift,
+    TrivialAugment,
+)
+from fastscarce.augment.table import MAPPING_VERSION, OPERATIONS, PLAN
 
 __all__ = [
     "MAPPING_VERSION",
     "OPERATIONS",
     "PLAN",
     "POLICIES",
+    "STEPS",
+    "Affine",
+    "CutMix",
+    "Erase",
+    "Flip",
+    "Jitter",
+    "MixUp",
+    "Plan",
     "Policy",
-    "carry_out",
-    "cutmix",
+    "RandAugment",
+    "ResizedCrop",
+    "Shift",
+    "TrivialAugment",
+    "apply",
+    "concatenate",
+    "describe",
     "draw",
-    "partners",
-    "views",
+    "get_policy",
+    "neighbours",
+    "plan_of",
 ]

@@ -1,8 +1,7 @@
-"""Carries a plan out with Kornia's functional operations, on any device.
+"""Carries a plan out with Kornia's functional operations: readable, differentiable, any device.
 
-First all geometry as one bilinear warp, then the point operations in the plan's order, then
-erasing, then normalisation. After each step levels are whole, as in a chain of operations on uint8
-images.
+One operation after the other, each over the rows that have it; levels are whole after each, as in a
+chain of operations on uint8 images. It is what the fused kernel is tested against.
 """
 
 from __future__ import annotations
@@ -14,180 +13,166 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastscarce.augment.point import POINT_OPERATIONS
-from fastscarce.augment.policy import OPERATIONS, SLOTS, Plan, Policy, draw
+from fastscarce.augment.plan import Plan
+from fastscarce.augment.point import POINT_OPERATIONS, whole
+from fastscarce.augment.table import BORDERS, MIXES, OPERATIONS, SAMPLINGS, SLOTS, PlanTable
 
-__all__ = ["carry_out", "views"]
+__all__ = ["carry_out"]
 
-
-def views(
-    images: Tensor,
-    ids: npt.ArrayLike | Tensor,
-    *,
-    policy: str | Policy,
-    view: int | npt.ArrayLike | Tensor,
-    seed: int,
-    flip: bool,
-    mean: float | Sequence[float] = 0.5,
-    std: float | Sequence[float] = 0.5,
-    reflect: bool | None = None,
-) -> Tensor:
-    """Draw a view of each image and carry it out: a function of (seed, id, view) and the image.
-
-    Args:
-        images: uint8 ``(rows, channels, height, width)``, 1 or 3 channels.
-        ids: Sample ids, int64 ``(rows,)``.
-        policy: ``eval``, ``weak``, ``standard``, ``strong``, or a policy of one's own.
-        view: Which view, from 0 to 2**32 - 1: int64 ``(rows,)`` or one number for all.
-        seed: Any integer.
-        flip: Whether a mirrored image keeps its label.
-        mean: Subtracted from levels scaled to 0..1: one number or one a channel.
-        std: What the difference is divided by: one number or one a channel.
-        reflect: Fill what a warp uncovers with the image's mirror image, or else with black. By
-            default three channels are reflected and one channel is not.
-
-    Returns:
-        float32 of the images' shape and device.
-
-    Raises:
-        ValueError: A dtype, a shape, the policy or a view is not as above.
-    """
-    _check(images)
-    rows, channels, height, width = images.shape
-    places = _host(ids)
-    if places.shape != (rows,):
-        raise ValueError(f"views needs one id an image, ({rows},), got {places.shape}.")
-    numbers = _host(view)
-    if numbers.shape not in ((), (rows,)):
-        raise ValueError(f"views needs one view number or {rows}, got {numbers.shape}.")
-    plan = draw(
-        places,
-        numbers,
-        policy=policy,
-        seed=seed,
-        height=height,
-        width=width,
-        flip=flip,
-        reflect=channels == 3 if reflect is None else reflect,
-    )
-    return carry_out(images, plan, mean=mean, std=std)
+Rows = npt.NDArray[np.intp]
 
 
 def carry_out(
-    images: Tensor,
     plan: Plan,
+    images: Tensor,
     *,
+    index: Tensor | None = None,
     mean: float | Sequence[float] = 0.5,
     std: float | Sequence[float] = 0.5,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Carry a plan out; see `views` for the arguments and the result.
+    """Carry a plan out; see `fastscarce.augment.apply` for the arguments and the result.
 
     Raises:
         ValueError: A dtype or a shape is wrong, or the plan's rows are not the images'.
     """
-    _check(images)
-    if plan.shape != (images.shape[0],):
-        raise ValueError(f"A plan needs a row an image, ({images.shape[0]},), got {plan.shape}.")
-    levels = images.contiguous().float()
-    levels = _warp(levels, plan)
-    for slot in range(SLOTS):
-        _point(levels, plan["operation"][:, slot], plan["argument"][:, slot])
-    _erase(levels, plan)
-    return _normalise(levels, mean, std)
-
-
-def _check(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+    if (
+        not (images.dtype == torch.uint8 or images.is_floating_point())
+        or images.dim() != 4
+        or images.shape[3] not in (1, 3)
+    ):
         raise ValueError(
-            "views needs uint8 images, (rows, 1 or 3 channels, height, width),"
-            f" got {images.dtype} {tuple(images.shape)}."
+            "apply needs uint8 or floating-point images, (n, height, width, 1 or 3 channels), got"
+            f" {images.dtype} {tuple(images.shape)}."
         )
+    read = images if index is None else images[index]
+    if read.shape[0] != len(plan):
+        raise ValueError(f"apply needs an image a row of the plan, {len(plan)}, got {len(read)}.")
+    levels = read.permute(0, 3, 1, 2).contiguous().float()
+    table = plan.table
+    for slot in range(SLOTS + 1):
+        levels = _warp(levels, table, slot)
+        if slot < SLOTS:
+            levels = _point(levels, table["operation"][:, slot], table["argument"][:, slot])
+    levels = _mix(_erase(levels, table), table)
+    if dtype == torch.uint8:
+        return levels.detach().round().to(torch.uint8)
+    return _normalise(levels, mean, std).to(dtype)
 
 
-def _host(numbers: int | npt.ArrayLike | Tensor) -> npt.NDArray[np.int64]:
-    if isinstance(numbers, Tensor):
-        numbers = numbers.cpu().numpy()
-    return np.asarray(numbers, dtype=np.int64)
-
-
-def _warp(levels: Tensor, plan: Plan) -> Tensor:
-    """One bilinear gather a row; rows whose matrix is the unit matrix are left alone."""
-    moved = (plan["matrix"] != np.eye(2, 3, dtype=np.float32)).any(axis=(1, 2))
-    for reflect in (False, True):
-        rows = np.flatnonzero(moved & (plan["reflect"] == reflect))
-        if rows.size == 0:
-            continue
-        from kornia.geometry.transform import remap
-
-        matrix = torch.from_numpy(plan["matrix"][rows]).to(levels.device)
-        height, width = levels.shape[2:]
-        x = torch.arange(width, device=levels.device, dtype=torch.float32)
-        y = torch.arange(height, device=levels.device, dtype=torch.float32).unsqueeze(1)
-        # Multiplied out, not a matrix product, so that a row's bits can't depend on its neighbours.
-        maps = [
-            matrix[:, axis, 0, None, None] * x
-            + matrix[:, axis, 1, None, None] * y
-            + matrix[:, axis, 2, None, None]
-            for axis in range(2)
-        ]
-        warped = remap(
-            _take(levels, rows),
-            maps[0],
-            maps[1],
-            mode="bilinear",
-            padding_mode="reflection" if reflect else "zeros",
-            align_corners=True,
-        )
-        levels = _put(levels, rows, warped.round_().clamp_(0.0, 255.0))
+def _warp(levels: Tensor, table: PlanTable, slot: int) -> Tensor:
+    """One gather a row, of those that are warped before this slot."""
+    moved = (table["matrix"] != np.eye(2, 3, dtype=np.float32)).any(axis=(1, 2))
+    moved &= table["warp_at"] == slot
+    for sampling in np.unique(table["sampling"][moved]):
+        for border in np.unique(table["border"][moved]):
+            chosen = moved & (table["sampling"] == sampling) & (table["border"] == border)
+            rows = np.flatnonzero(chosen)
+            if rows.size:
+                warped = _sample(
+                    _take(levels, rows), table[rows], SAMPLINGS[sampling], BORDERS[border]
+                )
+                levels = _put(levels, rows, whole(warped))
     return levels
+
+
+def _sample(images: Tensor, table: PlanTable, sampling: str, border: str) -> Tensor:
+    from kornia.geometry.transform import remap
+
+    matrix = torch.from_numpy(np.ascontiguousarray(table["matrix"])).to(images.device)
+    channels, height, width = images.shape[1:]
+    x = torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2
+    y = torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2
+    # Multiplied out, not a matrix product, so that a row's bits can't depend on its neighbours.
+    maps = [
+        matrix[:, axis, 0, None, None] * x
+        + matrix[:, axis, 1, None, None] * y.unsqueeze(1)
+        + matrix[:, axis, 2, None, None]
+        + (side - 1) / 2
+        for axis, side in enumerate((width, height))
+    ]
+    # Kornia's border is black, so the fill is made black and put back.
+    fill = torch.from_numpy(table["fill"][:, :channels].astype(np.float32)).to(images.device)
+    fill = fill[:, :, None, None]
+    result: Tensor = remap(
+        images if border == "reflect" else images - fill,
+        *maps,
+        mode=sampling,
+        padding_mode="reflection" if border == "reflect" else "zeros",
+        align_corners=True,
+    )
+    return result if border == "reflect" else result + fill
 
 
 def _point(
     levels: Tensor, operations: npt.NDArray[np.uint8], arguments: npt.NDArray[np.float32]
-) -> None:
-    """One slot of point operations, in place: each operation runs once, over its own rows."""
+) -> Tensor:
+    """One slot of operations on levels: each runs once, over its own rows."""
     for code in np.unique(operations):
         apply = POINT_OPERATIONS.get(OPERATIONS[code])
         if apply is None:
             continue
         rows = np.flatnonzero(operations == code)
         argument = torch.from_numpy(arguments[rows]).to(levels.device)
-        _put(levels, rows, apply(_take(levels, rows), argument))
+        levels = _put(levels, rows, apply(_take(levels, rows), argument))
+    return levels
 
 
-def _erase(levels: Tensor, plan: Plan) -> None:
-    box = plan["erase"]
-    rows = np.flatnonzero(box[:, 2] > box[:, 0])
-    if rows.size == 0:
-        return
-    height, width = levels.shape[2:]
-    edges = torch.from_numpy(box[rows].astype(np.int64)).to(levels.device)
-    y = torch.arange(height, device=levels.device)
-    x = torch.arange(width, device=levels.device)
+def _inside(box: npt.NDArray[np.int16], height: int, width: int, device: torch.device) -> Tensor:
+    """Which pixels are in the boxes, ``(rows, 1, height, width)``."""
+    edges = torch.from_numpy(box.astype(np.int64)).to(device)
+    y = torch.arange(height, device=device)
+    x = torch.arange(width, device=device)
     down = (y >= edges[:, :1]) & (y < edges[:, 2:3])
     across = (x >= edges[:, 1:2]) & (x < edges[:, 3:])
-    inside = (down[:, :, None] & across[:, None, :]).unsqueeze(1)
-    fill = torch.from_numpy(plan["erase_level"][rows]).to(levels.device).view(-1, 1, 1, 1)
-    erased = torch.where(inside, fill, _take(levels, rows))
-    _put(levels, rows, erased)
+    return (down[:, :, None] & across[:, None, :]).unsqueeze(1)
+
+
+def _erase(levels: Tensor, table: PlanTable) -> Tensor:
+    rows = np.flatnonzero(table["erase"][:, 2] > table["erase"][:, 0])
+    if rows.size == 0:
+        return levels
+    channels, height, width = levels.shape[1:]
+    fill = torch.from_numpy(table["erase_fill"][rows, :channels].astype(np.float32))
+    inside = _inside(table["erase"][rows], height, width, levels.device)
+    fill = fill.to(levels.device)[:, :, None, None]
+    return _put(levels, rows, torch.where(inside, fill, _take(levels, rows)))
+
+
+def _mix(levels: Tensor, table: PlanTable) -> Tensor:
+    """With the partners as they were before any was mixed."""
+    if not table["mix"].any():
+        return levels
+    other = _take(levels, table["partner"].astype(np.intp))
+    height, width = levels.shape[2:]
+    inside = _inside(table["box"], height, width, levels.device)
+    mix = torch.from_numpy(table["mix"].astype(np.int64)).to(levels.device).view(-1, 1, 1, 1)
+    lam = torch.from_numpy(np.ascontiguousarray(table["lam"])).to(levels.device)
+    lam = lam.view(-1, 1, 1, 1)
+    pasted = torch.where(inside & (mix == MIXES.index("cutmix")), other, levels)
+    return torch.where(mix == MIXES.index("mixup"), lam * levels + (1.0 - lam) * other, pasted)
 
 
 def _normalise(
     levels: Tensor, mean: float | Sequence[float], std: float | Sequence[float]
 ) -> Tensor:
+    from kornia.enhance import normalize
+
     channels = levels.shape[1]
+    numbers = []
     for name, value in (("mean", mean), ("std", std)):
-        if not isinstance(value, (int, float)) and len(value) not in (1, channels):
-            raise ValueError(f"{name} needs one number or {channels}, got {len(value)}.")
-    shift = torch.as_tensor(mean, dtype=levels.dtype, device=levels.device).view(-1, 1, 1)
-    scale = torch.as_tensor(std, dtype=levels.dtype, device=levels.device).view(-1, 1, 1)
-    return levels.div_(255.0).sub_(shift).div_(scale)
+        given = (value,) if isinstance(value, (int, float)) else tuple(value)
+        if len(given) not in (1, channels):
+            raise ValueError(f"apply needs {name}, one number or {channels}, got {len(given)}.")
+        numbers.append(torch.tensor(given, device=levels.device).expand(channels))
+    result: Tensor = normalize(levels / 255.0, *numbers)
+    return result
 
 
-def _take(levels: Tensor, rows: npt.NDArray[np.intp]) -> Tensor:
+def _take(levels: Tensor, rows: Rows) -> Tensor:
     """A copy of the rows."""
     return levels[torch.from_numpy(rows).to(levels.device)]
 
 
-def _put(levels: Tensor, rows: npt.NDArray[np.intp], values: Tensor) -> Tensor:
-    return levels.index_copy_(0, torch.from_numpy(rows).to(levels.device), values)
+def _put(levels: Tensor, rows: Rows, values: Tensor) -> Tensor:
+    return levels.index_copy(0, torch.from_numpy(rows).to(levels.device), values)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
-__all__ = ["blocks", "keyed_order", "philox4x32", "uniforms", "words64"]
+__all__ = ["blocks", "keyed_order", "philox4x32", "uniform", "uniforms", "view_numbers", "words64"]
 
 _MULTIPLIER_0 = np.uint64(0xD2511F53)
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
-_WEYL_0 = 0x9E3779B9
-_WEYL_1 = 0xBB67AE85
+_WEYL_0 = np.uint64(0x9E3779B9)
+_WEYL_1 = np.uint64(0xBB67AE85)
 _MASK = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
@@ -24,28 +25,53 @@ _ROUNDS = 10
 Words = npt.NDArray[np.uint64]
 
 
-def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> Words:
-    """Ten rounds of Philox4x32 over counters of one shape.
-
-    Args:
-        counter: Four uint64 arrays that broadcast to one shape, each value below 2**32.
-        key: Two integers below 2**32.
-
-    Returns:
-        uint64 ``(..., 4)``, each value a 32-bit random word.
-    """
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = key
+@njit(inline="always")
+def philox4x32(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """Ten rounds of Philox4x32: uint64 counter and key words below 2**32 to four such words."""
     for _ in range(_ROUNDS):
         product_0 = c0 * _MULTIPLIER_0
         product_1 = c2 * _MULTIPLIER_1
-        c0 = (product_1 >> _HALF) ^ c1 ^ np.uint64(k0)
-        c2 = (product_0 >> _HALF) ^ c3 ^ np.uint64(k1)
+        c0 = (product_1 >> _HALF) ^ c1 ^ k0
+        c2 = (product_0 >> _HALF) ^ c3 ^ k1
         c1 = product_1 & _MASK
         c3 = product_0 & _MASK
-        k0 = (k0 + _WEYL_0) & 0xFFFFFFFF
-        k1 = (k1 + _WEYL_1) & 0xFFFFFFFF
-    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1)
+        k0 = (k0 + _WEYL_0) & _MASK
+        k1 = (k1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+@njit(inline="always")
+def uniform(word):  # type: ignore[no-untyped-def]
+    """A 32-bit word as float64 in the open interval (0, 1)."""
+    return (np.float64(word) + 0.5) * 2.0**-32
+
+
+@njit(cache=True)
+def _fill_blocks(seed, ids, views, first, count, out):  # type: ignore[no-untyped-def]
+    k0, k1 = seed & _MASK, seed >> _HALF
+    for row in range(ids.shape[0]):
+        low, high = ids[row] & _MASK, ids[row] >> _HALF
+        for block in range(count):
+            words = philox4x32(low, high, views[row], np.uint64(first + block), k0, k1)
+            for place in range(4):
+                out[row, 4 * block + place] = words[place]
+
+
+def view_numbers(view: npt.ArrayLike, rows: int) -> Words:
+    """Checked view numbers, uint64 ``(rows,)``.
+
+    Raises:
+        ValueError: A view is negative or above 2**32 - 1, or there is not one a row.
+    """
+    numbers = np.asarray(view, dtype=np.int64)
+    if numbers.shape not in ((), (rows,)):
+        raise ValueError(f"draw needs one view number, or one a row ({rows}), got {numbers.shape}.")
+    if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) > 0xFFFFFFFF):
+        raise ValueError(
+            f"A view must be from 0 to 4294967295, got {int(numbers.min())} to"
+            f" {int(numbers.max())}."
+        )
+    return np.ascontiguousarray(np.broadcast_to(numbers, (rows,))).view(np.uint64)
 
 
 def blocks(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, count: int) -> Words:
@@ -64,23 +90,11 @@ def blocks(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, co
     Raises:
         ValueError: A view is negative or above 2**32 - 1.
     """
-    places = np.asarray(ids, dtype=np.int64).astype(np.uint64)
-    views = np.broadcast_to(np.asarray(view, dtype=np.int64), places.shape)
-    if views.size and (int(views.min()) < 0 or int(views.max()) > 0xFFFFFFFF):
-        raise ValueError(
-            f"A view must be from 0 to 4294967295, got {int(views.min())} to {int(views.max())}."
-        )
-    draws = np.arange(first, first + count, dtype=np.uint64)
-    words = philox4x32(
-        (
-            (places & _MASK)[:, None],
-            (places >> _HALF)[:, None],
-            views.astype(np.uint64)[:, None],
-            draws[None, :],
-        ),
-        (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF),
-    )
-    return words.reshape(places.shape[0], 4 * count)
+    places = np.ascontiguousarray(ids, dtype=np.int64).view(np.uint64)
+    out = np.empty((places.shape[0], 4 * count), dtype=np.uint64)
+    views = view_numbers(view, places.shape[0])
+    _fill_blocks(np.uint64(seed & 0xFFFFFFFFFFFFFFFF), places, views, first, count, out)
+    return out
 
 
 def uniforms(

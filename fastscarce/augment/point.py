@@ -1,28 +1,38 @@
-"""Operations on grey levels that keep every pixel in its place, each over a batch.
+"""Operations on grey levels that keep every pixel in its place, each over a batch, by Kornia.
 
 Images are float32 ``(rows, channels, height, width)`` and hold whole grey levels, 0 to 255; so do
-the results. Sums of levels are exact, so that a row's bits can't depend on its neighbours in the
-batch. Arguments are one number a row. Definitions are torchvision's for uint8 images, to one level.
+the results. Rounding passes gradients on as if it were not there. Sums of levels are exact, so that
+a row's bits can't depend on its neighbours in the batch. Arguments are one number a row.
+Definitions are torchvision's for uint8 images, to one level: it cuts off where this rounds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["POINT_OPERATIONS"]
+__all__ = ["POINT_OPERATIONS", "whole"]
 
 LEVELS = 256
 
 
+def whole(images: Tensor) -> Tensor:
+    """The nearest whole levels from 0 to 255."""
+    return _straight(images, images.detach().round().clamp_(0.0, 255.0))
+
+
+def _straight(images: Tensor, values: Tensor) -> Tensor:
+    """``values``, with the gradient of ``images`` where there is one."""
+    if not images.requires_grad:
+        return values
+    return images + (values - images.detach())
+
+
 def _column(argument: Tensor) -> Tensor:
     return argument.view(-1, 1, 1, 1)
-
-
-def _whole(images: Tensor) -> Tensor:
-    return images.round_().clamp_(0.0, 255.0)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -30,7 +40,7 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
     from kornia.enhance import adjust_brightness_accumulative
 
     result: Tensor = adjust_brightness_accumulative(images, factor, clip_output=False)
-    return _whole(result)
+    return whole(result)
 
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
@@ -41,14 +51,24 @@ def color(images: Tensor, factor: Tensor) -> Tensor:
 
     # Kornia clips to [0, 1], so levels are scaled there and back.
     result: Tensor = adjust_saturation_with_gray_subtraction(images / 255.0, factor)
-    return _whole(result * 255.0)
+    return whole(result * 255.0)
+
+
+def hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turns the hue by a part of a whole turn; the identity for one channel."""
+    if images.shape[1] == 1:
+        return images
+    from kornia.enhance import adjust_hue
+
+    result: Tensor = adjust_hue(images / 255.0, turn * (2.0 * math.pi))
+    return whole(result * 255.0)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Away from or towards the mean grey level by ``factor``."""
     mean = _grey(images).double().mean(dim=(1, 2, 3)).float()
     blend = _column(mean * (1.0 - factor))
-    return _whole(images * _column(factor) + blend)
+    return whole(images * _column(factor) + blend)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
@@ -56,17 +76,22 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(images >= _column(threshold), 255.0 - images, images)
 
 
+def invert(images: Tensor, _: Tensor) -> Tensor:
+    """Inverts all levels."""
+    return 255.0 - images
+
+
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     """Keeps the highest ``bits`` bits of each level."""
     step = _column(torch.exp2(8.0 - bits))
-    return torch.floor(images / step) * step
+    return _straight(images, torch.floor(images.detach() / step) * step)
 
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     """Stretches each channel to 0..255; a channel of one level is left as it is."""
     low = images.amin(dim=(2, 3), keepdim=True)
     span = images.amax(dim=(2, 3), keepdim=True) - low
-    stretched = _whole((images - low) * (255.0 / span.clamp(min=1.0)))
+    stretched = whole((images - low) * (255.0 / span.clamp(min=1.0)))
     return torch.where(span > 0, stretched, images)
 
 
@@ -80,7 +105,7 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
     if height * width < LEVELS - 1:
         return images
     planes = rows * channels
-    levels = images.reshape(planes, height * width).long()
+    levels = images.detach().reshape(planes, height * width).long()
     base = torch.arange(planes, device=images.device).unsqueeze(1) * LEVELS
     histogram = torch.zeros(planes * LEVELS, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(0, (levels + base).reshape(-1), torch.ones_like(levels).reshape(-1))
@@ -90,7 +115,8 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
     below = histogram.cumsum(dim=1) - histogram
     table = ((below + step // 2) // step.clamp(min=1)).clamp(max=LEVELS - 1)
     flat = table.gather(1, levels).to(images.dtype).view_as(images)
-    return torch.where(step.view(rows, channels, 1, 1) > 0, flat, images)
+    flat = torch.where(step.view(rows, channels, 1, 1) > 0, flat, images.detach())
+    return _straight(images, flat)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -100,10 +126,10 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     rows_sum = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     box = rows_sum[..., :-2] + rows_sum[..., 1:-1] + rows_sum[..., 2:]
     inner = images[:, :, 1:-1, 1:-1]
-    smooth = ((box + 4.0 * inner) / 13.0).round_()
+    smooth = whole((box + 4.0 * inner) / 13.0)
     result = images.clone()
     weight = _column(factor)
-    result[:, :, 1:-1, 1:-1] = _whole(inner * weight + smooth * (1.0 - weight))
+    result[:, :, 1:-1, 1:-1] = whole(inner * weight + smooth * (1.0 - weight))
     return result
 
 
@@ -112,7 +138,8 @@ def _grey(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(dim=1)
-    return (red * 0.2989 + green * 0.587 + blue * 0.114).floor().unsqueeze(1)
+    luma = red * 0.2989 + green * 0.587 + blue * 0.114
+    return _straight(luma, luma.detach().floor()).unsqueeze(1)
 
 
 POINT_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -121,6 +148,8 @@ POINT_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "color": color,
     "contrast": contrast,
     "equalize": equalize,
+    "hue": hue,
+    "invert": invert,
     "posterize": posterize,
     "sharpness": sharpness,
     "solarize": solarize,

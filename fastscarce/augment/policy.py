@@ -1,318 +1,213 @@
-"""What is done to each image: a policy's numbers, and the drawing of a plan from them.
-
-A plan is a NumPy table with one row a sample. It is drawn from (seed, sample id, view) alone;
-carrying it out is another module's work and draws nothing.
-"""
+"""Policies: lists of steps, by name, from YAML or in code."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from fastscarce.augment import philox
-
-__all__ = ["MAPPING_VERSION", "OPERATIONS", "PLAN", "POLICIES", "Policy", "draw", "get_policy"]
-
-MAPPING_VERSION = 1
-"""Of the mapping from random words to parameters: part of every fingerprint of drawn views."""
-
-OPERATIONS = (
-    "identity",
-    "autocontrast",
-    "equalize",
-    "rotate",
-    "solarize",
-    "color",
-    "posterize",
-    "contrast",
-    "brightness",
-    "sharpness",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
+from fastscarce.augment.steps import (
+    STEPS,
+    Affine,
+    CutMix,
+    Erase,
+    Flip,
+    Jitter,
+    MixUp,
+    RandAugment,
+    ResizedCrop,
+    Step,
+    TrivialAugment,
+    step_from,
 )
-"""RandAugment's 14 operations; a plan's ``operation`` is a place in this tuple."""
+from fastscarce.augment.table import SLOTS
 
-SLOTS = 4
-"""How many point operations a row of a plan holds."""
+__all__ = ["POLICIES", "Policy", "get_policy"]
 
-PLAN = np.dtype(
-    [
-        ("id", np.int64),
-        ("view", np.uint32),
-        ("matrix", np.float32, (2, 3)),  # output to source pixel; a pixel's centre is its index
-        ("reflect", np.bool_),  # outside the source: its mirror image, or else black
-        ("operation", np.uint8, (SLOTS,)),
-        ("argument", np.float32, (SLOTS,)),  # factor, threshold (grey level) or bits
-        ("erase", np.int16, (4,)),  # top, left, bottom, right; bottom and right not included
-        ("erase_level", np.float32),  # grey level, 0 to 255, that the box is filled with
-        ("drawn", np.uint8, (2,)),  # the RandAugment operations as drawn, geometry too
-    ]
-)
-
-Plan = npt.NDArray[np.void]
-Uniforms = npt.NDArray[np.float64]
-
-_GEOMETRY_BLOCKS = 2  # words 0 to 7: flip, crop, translation
-_JITTER_BLOCKS = 1  # words 8 to 11
-_RANDAUGMENT_BLOCKS = 2  # words 12 to 19: operation, magnitude, sign for two operations
-_ERASE_BLOCKS = 2  # words 20 to 27
-_AFFINE_BLOCKS = 2  # words 28 to 35: rotation, scale, shear, (one unused), two translations
-_BLOCKS = _GEOMETRY_BLOCKS + _JITTER_BLOCKS + _RANDAUGMENT_BLOCKS + _ERASE_BLOCKS + _AFFINE_BLOCKS
-
-_CODE = {name: place for place, name in enumerate(OPERATIONS)}
-_ROTATION_DEGREES = 30.0
-_SHEAR = 0.3
-_TRANSLATION = 0.3  # of the side
-_FACTOR = 0.9  # color, contrast, brightness, sharpness: 1 - 0.9 to 1 + 0.9
+_NUMBERS = 5  # of a step, at most
+_OF_TYPE = {kind: name for name, kind in STEPS.items()}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy's numbers; zero or 1 switches a part off.
+    """What is drawn for a view.
 
     Attributes:
-        shift: Largest translation, a fraction of the side; drawn in whole pixels.
-        flip: Mirrors half of the views, where the data set allows it.
-        crop_scale: Smallest area of the random resized crop, a fraction of the image's.
-        crop_ratio: Largest aspect ratio of the crop; the smallest is its inverse.
-        jitter: Brightness, contrast and saturation factors are from ``1 - jitter`` to
-            ``1 + jitter``.
-        operations: RandAugment's N, 0 to 2.
-        magnitude: RandAugment's M of 10: each magnitude is drawn from 1 to M, as FixMatch does.
-        rotate: Largest rotation, degrees.
-        scale: The scale is from ``exp(-scale)`` to ``exp(scale)``, uniform in its logarithm.
-        shear: Largest shear along x, a fraction of the height.
-        translate: Largest translation, a fraction of the side; in parts of pixels.
-        erase: Probability of random erasing.
-        erase_area: Smallest and largest erased area, fractions of the image's.
+        steps: In order: geometry becomes one warp, each operation on levels takes a slot.
+        sampling: ``bilinear`` or ``nearest``.
+        fill: Levels of what a warp uncovers: one, one a channel, or ``reflect`` for the image's
+            mirror image.
+
+    Raises:
+        ValueError: A step or a setting is unknown or out of range, or there are more than four
+            operations on levels.
     """
 
-    shift: float = 0.0
-    flip: bool = False
-    crop_scale: float = 1.0
-    crop_ratio: float = 4.0 / 3.0
-    jitter: float = 0.0
-    operations: int = 0
-    magnitude: float = 9.0
-    rotate: float = 0.0
-    scale: float = 0.0
-    shear: float = 0.0
-    translate: float = 0.0
-    erase: float = 0.0
-    erase_area: tuple[float, float] = (0.02, 0.2)
+    steps: tuple[Step, ...] = ()
+    sampling: Literal["bilinear", "nearest"] = "bilinear"
+    fill: int | tuple[int, ...] | Literal["reflect"] = 0
+    # What the drawing reads: a row a step.
+    codes: np.ndarray[Any, Any] = field(init=False, repr=False, compare=False)
+    numbers: np.ndarray[Any, Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(step_from(entry) for entry in self.steps))
+        slots = sum(step.slots for step in self.steps)
+        if slots > SLOTS:
+            raise ValueError(f"A policy needs at most {SLOTS} operations on levels, got {slots}.")
+        if self.sampling not in ("bilinear", "nearest"):
+            raise ValueError(
+                f"A policy needs sampling of bilinear or nearest, got {self.sampling!r}."
+            )
+        if self.fill != "reflect":
+            levels = (self.fill,) if isinstance(self.fill, int) else tuple(self.fill)
+            sound = all(isinstance(x, int) and 0 <= x <= 255 for x in levels)
+            if len(levels) not in (1, 3) or not sound:
+                raise ValueError(
+                    "A policy needs a fill of reflect, or of one or three levels from 0 to 255,"
+                    f" got {self.fill!r}."
+                )
+        codes = np.array([step.code for step in self.steps], dtype=np.int64)
+        numbers = np.zeros((len(self.steps), _NUMBERS))
+        for place, step in enumerate(self.steps):
+            numbers[place, : len(step.numbers)] = step.numbers
+        object.__setattr__(self, "codes", codes)
+        object.__setattr__(self, "numbers", numbers)
+
+    @property
+    def fill_levels(self) -> tuple[int, int, int]:
+        """Of three channels; black where the border is reflected."""
+        if self.fill == "reflect":
+            return (0, 0, 0)
+        levels = (self.fill,) if isinstance(self.fill, int) else tuple(self.fill)
+        return (levels[0], levels[-1 if len(levels) == 1 else 1], levels[-1])
+
+    def without(self, *names: str) -> Policy:
+        """The policy without the steps of these names."""
+        kinds = tuple(STEPS[name] for name in names)
+        return replace(self, steps=tuple(s for s in self.steps if not isinstance(s, kinds)))
+
+    def followed_by(self, *steps: Step) -> Policy:
+        """The policy with more steps at its end."""
+        return replace(self, steps=(*self.steps, *steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML holds it; `from_dict` reads it."""
+        steps = [{_OF_TYPE[type(s)]: _plain(asdict(s))} if asdict(s) else _OF_TYPE[type(s)]
+                 for s in self.steps]  # fmt: skip
+        return {"steps": steps, **_plain({"sampling": self.sampling, "fill": self.fill})}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any] | Sequence[Any]) -> Policy:
+        """From plain data: a list of steps, or a mapping with ``steps``, ``sampling``, ``fill``.
+
+        Raises:
+            ValueError: A key, a step or a setting is unknown or out of range.
+        """
+        if not isinstance(content, dict):
+            content = {"steps": content}
+        unknown = set(content) - {"steps", "sampling", "fill"}
+        if unknown or not isinstance(content.get("steps", []), Sequence):
+            raise ValueError(
+                "A policy needs a list of steps, or steps, sampling and fill, got"
+                f" {sorted(map(str, unknown)) or content!r}."
+            )
+        fill = content.get("fill", 0)
+        return cls(
+            steps=tuple(content.get("steps", ())),
+            sampling=content.get("sampling", "bilinear"),
+            fill=tuple(fill) if isinstance(fill, list) else fill,
+        )
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Policy:
+        """From the text of a YAML file; see `from_dict`.
+
+        Raises:
+            ValueError: It is no YAML, or a key, a step or a setting is unknown or out of range.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"A policy needs YAML that can be read: {error}") from None
+        if not isinstance(content, (dict, list)):
+            raise ValueError(f"A policy needs a list of steps in its YAML, got {content!r}.")
+        return cls.from_dict(content)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 POLICIES = {
     "eval": Policy(),
-    "weak": Policy(flip=True, rotate=8.0, scale=0.05, translate=0.0625),
-    "standard": Policy(flip=True, crop_scale=0.6, jitter=0.4),
-    "strong": Policy(
-        flip=True,
-        rotate=25.0,
-        scale=0.2,
-        shear=0.3,
-        translate=0.1,
-        jitter=0.4,
-        operations=2,
-        magnitude=5.0,
-        erase=0.5,
-    ),
-}
+    "weak": Policy((Flip(), Affine(rotate=8.0, scale=0.05, translate=0.0625))),
+    "standard": Policy((
+        ResizedCrop(scale=(0.6, 1.0)),
+        Flip(),
+        Jitter(brightness=0.4, contrast=0.4, saturation=0.4),
+    )),
+    "randaugment": Policy((RandAugment(),), sampling="nearest"),
+    "trivialaugment": Policy((TrivialAugment(),), sampling="nearest"),
+    "strong": Policy((
+        Flip(),
+        Affine(rotate=25.0, scale=0.2, shear_x=0.3, translate=0.1),
+        Jitter(brightness=0.4, contrast=0.4),
+        RandAugment(operations=2, magnitude=(3.0, 15.0)),
+        Erase(),
+    )),
+}  # fmt: skip
+"""By name; ``randaugment(n, m)`` gives its numbers, ``+cutmix`` and ``+mixup`` add mixing."""
+
+_NAME = re.compile(r"^([a-z_]+)(?:\(([^()]*)\))?$")
+_ADDED = {"cutmix": CutMix, "mixup": MixUp, "erase": Erase, "flip": Flip}
 
 
-def get_policy(policy: str | Policy) -> Policy:
-    """The policy of a name, or the policy itself.
+def get_policy(policy: str | Sequence[Any] | Policy) -> Policy:
+    """The policy of a name, of a list of steps, or the policy itself.
+
+    Args:
+        policy: A name of `POLICIES`, such as ``"weak"`` or ``"randaugment(2, 9)"``, with parts
+            added by ``+``: ``"strong+cutmix"``, ``"standard+mixup(0.2)"``; a list of steps as YAML
+            has them; or a `Policy`.
 
     Raises:
-        ValueError: No policy has that name.
+        ValueError: There is no such policy, or a number is out of range.
     """
     if isinstance(policy, Policy):
         return policy
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}.")
-    return POLICIES[policy]
+    if not isinstance(policy, str):
+        return Policy.from_dict(policy)
+    first, *added = policy.split("+")
+    name, numbers = _name_and_numbers(first, policy)
+    if name not in POLICIES or (numbers and name != "randaugment"):
+        raise ValueError(
+            f"policy must be one of {', '.join(POLICIES)}, or randaugment(n, m), got {policy!r}."
+        )
+    chosen = POLICIES[name]
+    if numbers:
+        if len(numbers) != 2 or numbers[0] != int(numbers[0]):
+            raise ValueError(f"randaugment needs (n, m), got {policy!r}.")
+        chosen = replace(chosen, steps=(RandAugment(int(numbers[0]), numbers[1]),))
+    for part in added:
+        name, numbers = _name_and_numbers(part, policy)
+        if name not in _ADDED or len(numbers) > 1:
+            raise ValueError(f"+ adds one of {', '.join(_ADDED)} to a policy, got {policy!r}.")
+        chosen = chosen.followed_by(_ADDED[name](*numbers))
+    return chosen
 
 
-def draw(
-    ids: npt.ArrayLike,
-    view: npt.ArrayLike,
-    *,
-    policy: str | Policy,
-    seed: int,
-    height: int,
-    width: int,
-    flip: bool,
-    reflect: bool,
-) -> Plan:
-    """Draw a plan.
-
-    Args:
-        ids: Sample ids, int64 ``(rows,)``.
-        view: View numbers, int64 ``(rows,)`` or one number for all.
-        policy: A policy or its name.
-        seed: Any integer.
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
-        flip: Whether a mirrored image keeps its label.
-        reflect: Fill what a warp uncovers with the image's mirror image, or else with black.
-
-    Returns:
-        A table of dtype `PLAN`, ``(rows,)``.
-
-    Raises:
-        ValueError: The policy is unknown or a view is out of range.
-    """
-    chosen = get_policy(policy)
-    places = np.asarray(ids, dtype=np.int64)
-    rows = places.shape[0]
-    plan = np.zeros(rows, dtype=PLAN)
-    plan["id"] = places
-    plan["view"] = np.asarray(view, dtype=np.int64)
-    plan["reflect"] = reflect
-    plan["matrix"][:] = np.eye(2, 3, dtype=np.float32)
-    if chosen == Policy():
-        return plan
-    uniform = philox.uniforms(seed, places, view, first=0, count=_BLOCKS)
-    # Source from output: the crop's frame, then the affine's and RandAugment's warps in it, each
-    # about the centre.
-    matrix = _placement(uniform[:, :8], chosen, height, width, flip)
-    if max(chosen.rotate, chosen.scale, chosen.shear, chosen.translate) > 0:
-        matrix = matrix @ _affine(uniform[:, 28:36], chosen, height, width)
-    if chosen.jitter > 0:
-        _draw_jitter(plan, uniform[:, 8:12], chosen)
-    if chosen.operations > 0:
-        warp = _draw_randaugment(plan, uniform[:, 12:20], chosen, height, width)
-        matrix = matrix @ warp
-    if chosen.erase > 0:
-        _draw_erasing(plan, uniform[:, 20:28], chosen, height, width)
-    plan["matrix"] = _from_centred(matrix, height, width)[:, :2]
-    return plan
-
-
-def _placement(
-    uniform: Uniforms, policy: Policy, height: int, width: int, flip: bool
-) -> npt.NDArray[np.float64]:
-    """Crop, flip and translation: output to source, ``(rows, 3, 3)``, pixels from the centre."""
-    rows = uniform.shape[0]
-    area = policy.crop_scale + (1.0 - policy.crop_scale) * uniform[:, 1]
-    log_ratio = np.log(policy.crop_ratio) if policy.crop_scale < 1.0 else 0.0
-    ratio = np.exp((2.0 * uniform[:, 2] - 1.0) * log_ratio)
-    scale_x = np.minimum(np.sqrt(area * ratio), 1.0)
-    scale_y = np.minimum(np.sqrt(area / ratio), 1.0)
-    mirrored = flip & policy.flip & (uniform[:, 0] < 0.5)
-    matrix = np.zeros((rows, 3, 3))
-    matrix[:, 0, 0] = np.where(mirrored, -scale_x, scale_x)
-    matrix[:, 1, 1] = scale_y
-    matrix[:, 2, 2] = 1.0
-    for axis, side, scale, column in ((0, width, scale_x, 3), (1, height, scale_y, 4)):
-        most = max(1, round(policy.shift * side)) if policy.shift > 0 else 0
-        pixels = np.floor(uniform[:, column + 2] * (2 * most + 1)) - most
-        matrix[:, axis, 2] = (uniform[:, column] - 0.5) * (1.0 - scale) * side + pixels
-    return matrix
-
-
-def _affine(uniform: Uniforms, policy: Policy, height: int, width: int) -> npt.NDArray[np.float64]:
-    """Rotation, scale, shear and translation: output to source, ``(rows, 3, 3)``."""
-    spread = 2.0 * uniform - 1.0
-    angle = spread[:, 0] * np.pi * policy.rotate / 180.0
-    scale = np.exp(spread[:, 1] * policy.scale)
-    matrix = np.zeros((uniform.shape[0], 3, 3))
-    matrix[:, 0, 0] = scale * np.cos(angle)
-    matrix[:, 0, 1] = scale * (spread[:, 2] * policy.shear - np.sin(angle))
-    matrix[:, 0, 2] = spread[:, 4] * policy.translate * width
-    matrix[:, 1, 0] = scale * np.sin(angle)
-    matrix[:, 1, 1] = scale * np.cos(angle)
-    matrix[:, 1, 2] = spread[:, 5] * policy.translate * height
-    matrix[:, 2, 2] = 1.0
-    return matrix
-
-
-def _draw_jitter(plan: Plan, uniform: Uniforms, policy: Policy) -> None:
-    for slot, name in enumerate(("brightness", "contrast", "color")):
-        plan["operation"][:, slot] = _CODE[name]
-        plan["argument"][:, slot] = 1.0 + policy.jitter * (2.0 * uniform[:, slot] - 1.0)
-
-
-def _draw_randaugment(
-    plan: Plan, uniform: Uniforms, policy: Policy, height: int, width: int
-) -> npt.NDArray[np.float64]:
-    """Fill in the point operations; return the warps, output to source, ``(rows, 3, 3)``."""
-    warp = np.tile(np.eye(3), (uniform.shape[0], 1, 1))
-    for number in range(policy.operations):
-        which, size, side = (uniform[:, number * 4 + k] for k in range(3))
-        operation = np.minimum((which * len(OPERATIONS)).astype(np.uint8), len(OPERATIONS) - 1)
-        magnitude = (1.0 + (policy.magnitude - 1.0) * size) / 10.0
-        sign = np.where(side < 0.5, -1.0, 1.0)
-        plan["drawn"][:, number] = operation
-        slot = SLOTS - policy.operations + number  # the last slots: after any jitter
-        _fill_slot(plan, slot, operation, magnitude, sign)
-        # A later operation acts on the earlier one's output, so its matrix stands to the right.
-        warp = warp @ _warp_of(operation, magnitude * sign, height, width)
-    return warp
-
-
-def _fill_slot(
-    plan: Plan, slot: int, operation: npt.NDArray[np.uint8], magnitude: Uniforms, sign: Uniforms
-) -> None:
-    argument = np.zeros_like(magnitude)
-    for name in ("color", "contrast", "brightness", "sharpness"):
-        argument = np.where(operation == _CODE[name], 1.0 + sign * _FACTOR * magnitude, argument)
-    argument = np.where(operation == _CODE["solarize"], 256.0 * (1.0 - magnitude), argument)
-    argument = np.where(operation == _CODE["posterize"], np.ceil(8.0 - 4.0 * magnitude), argument)
-    geometric = (operation >= _CODE["shear_x"]) | (operation == _CODE["rotate"])
-    plan["operation"][:, slot] = np.where(geometric, _CODE["identity"], operation)
-    plan["argument"][:, slot] = argument
-
-
-def _warp_of(
-    operation: npt.NDArray[np.uint8], amount: Uniforms, height: int, width: int
-) -> npt.NDArray[np.float64]:
-    """The matrix of each row's geometric operation, the unit matrix for the others."""
-
-    def only(name: str, scale: float) -> Uniforms:
-        return np.where(operation == _CODE[name], amount * scale, 0.0)
-
-    angle = only("rotate", np.pi * _ROTATION_DEGREES / 180.0)
-    warp = np.zeros((operation.shape[0], 3, 3))
-    warp[:, 0, 0] = np.cos(angle)
-    warp[:, 0, 1] = only("shear_x", _SHEAR) - np.sin(angle)
-    warp[:, 0, 2] = only("translate_x", _TRANSLATION * width)
-    warp[:, 1, 0] = only("shear_y", _SHEAR) + np.sin(angle)
-    warp[:, 1, 1] = np.cos(angle)
-    warp[:, 1, 2] = only("translate_y", _TRANSLATION * height)
-    warp[:, 2, 2] = 1.0
-    return warp
-
-
-def _draw_erasing(plan: Plan, uniform: Uniforms, policy: Policy, height: int, width: int) -> None:
-    """A box of random area, aspect ratio (0.3 to 3.3) and level, whole inside the image.
-
-    Source: Zhong et al., "Random Erasing Data Augmentation" (2020); one level a box.
-    """
-    least, most = policy.erase_area
-    area = (least + (most - least) * uniform[:, 1]) * height * width
-    ratio = np.exp((2.0 * uniform[:, 2] - 1.0) * np.log(10.0 / 3.0))
-    box_height = np.clip(np.rint(np.sqrt(area * ratio)), 1, height)
-    box_width = np.clip(np.rint(np.sqrt(area / ratio)), 1, width)
-    top = np.floor(uniform[:, 3] * (height - box_height + 1))
-    left = np.floor(uniform[:, 4] * (width - box_width + 1))
-    box = np.stack((top, left, top + box_height, left + box_width), axis=1)
-    plan["erase"] = np.where((uniform[:, 0] < policy.erase)[:, None], box, 0)
-    plan["erase_level"] = np.floor(uniform[:, 5] * 256.0)
-
-
-def _from_centred(
-    matrix: npt.NDArray[np.float64], height: int, width: int
-) -> npt.NDArray[np.float64]:
-    """From pixels about the image's centre to pixel indices."""
-    centre = np.array([(width - 1) / 2.0, (height - 1) / 2.0])
-    result = matrix.copy()
-    # Written out, not a matrix product, so that a row's bits can't depend on its neighbours.
-    for axis in range(2):
-        moved = matrix[:, axis, 0] * centre[0] + matrix[:, axis, 1] * centre[1]
-        result[:, axis, 2] = matrix[:, axis, 2] + centre[axis] - moved
-    return result
+def _name_and_numbers(part: str, whole: str) -> tuple[str, list[float]]:
+    found = _NAME.match(part.strip())
+    try:
+        numbers = [float(x) for x in found[2].split(",")] if found and found[2] else []
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError(f"policy needs a name such as weak or randaugment(2, 9), got {whole!r}.")
+    return found[1], numbers

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastscarce.augment import cutmix
-from fastscarce.augment.philox import uniforms
+from fastscarce.augment import CutMix, Policy, get_policy
 from fastscarce.config import StageConfig, StudentConfig
 from fastscarce.data import Stream, StreamBatch
 from fastscarce.errors import ConfigError
@@ -45,12 +44,12 @@ def _piece(batch: StreamBatch, piece: int, pieces: int) -> tuple[Positions, Posi
     return batch.positions[part], batch.view[part]
 
 
-def _is_mixed(settings: StageConfig, seed: int, step: int) -> bool:
-    """Whether this step's images are mixed: one draw a step, the same in every process."""
+def _policy(settings: StageConfig) -> Policy:
+    """The stage's policy, with CutMix of neighbours where it asks for it."""
+    policy = get_policy(settings.augmentation)
     if settings.cutmix_probability <= 0.0 or settings.cutmix_alpha <= 0.0:
-        return False
-    draw = uniforms(seed, np.array([step]), np.array([0]), first=0, count=1)
-    return bool(draw[0, 0] < settings.cutmix_probability)
+        return policy
+    return policy.followed_by(CutMix(settings.cutmix_alpha, settings.cutmix_probability))
 
 
 class Supervised:
@@ -59,7 +58,7 @@ class Supervised:
     def __init__(self, run: Run, pool: Pool, labelled: Positions, settings: StageConfig) -> None:
         self._pool = pool
         self._settings = settings
-        self._seed = derive_seed(run.config.seed, "mix")
+        self._policy = _policy(settings)
         self._stream = _stream(run, "batch_size", labelled, settings.batch_size)
         self.rows = settings.batch_size
 
@@ -68,12 +67,10 @@ class Supervised:
     ) -> tuple[Tensor, MixedTarget]:
         """Views, float32 ``(rows, C, H, W)``, and their labels."""
         positions, view = _piece(self._stream.batch(step), piece, pieces)
-        images = self._pool.views(positions, self._settings.augmentation, view, model)
-        images, partner, lam = _mix(
-            self._pool, self._settings, self._seed, step, images, positions, view
-        )
+        plan = self._pool.draw(positions, self._policy, view)
+        images = self._pool.carry_out(plan, positions, model)
         labels = self._pool.labels[torch.from_numpy(positions).to(images.device)]
-        return images, MixedTarget(labels, labels[partner], lam)
+        return images, plan.mixed_target(labels)
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Mean cross entropy over the rows, float32 scalar in nats."""
@@ -100,7 +97,7 @@ class SelfTraining:
         self._pool = pool
         self._settings = settings
         self._labelled = Supervised(run, pool, labelled, settings)
-        self._seed = derive_seed(run.config.seed, "mix", "unlabelled")
+        self._policy = _policy(settings)
         place = {int(number): position for position, number in enumerate(pool.ids)}
         positions = np.array([place[int(number)] for number in labels.ids], dtype=np.int64)
         lessons = np.repeat(positions, labels.repeats)
@@ -125,10 +122,11 @@ class SelfTraining:
         settings = self._settings
         images, target = self._labelled.batch(model, step, piece, pieces)
         positions, view = _piece(self._stream.batch(step), piece, pieces)
-        others = self._pool.views(positions, settings.augmentation, view, model)
-        others, partner, lam = _mix(self._pool, settings, self._seed, step, others, positions, view)
-        rows = self._log_probs[self._row[torch.from_numpy(positions).to(others.device)]]
-        teacher = mix_rows(rows, rows[partner], lam)
+        plan = self._pool.draw(positions, self._policy, view)
+        others = self._pool.carry_out(plan, positions, model)
+        device = others.device
+        rows = self._log_probs[self._row[torch.from_numpy(positions).to(device)]]
+        teacher = mix_rows(rows, rows[plan.partner.to(device)], plan.lam.to(device))
         logits = model(torch.cat([images, others]))
         taught, learned = logits[: len(images)], logits[len(images) :]
         label_loss = kd_loss(taught, None, target, label_smoothing=settings.label_smoothing)
@@ -150,16 +148,3 @@ def mix_rows(own: Tensor, other: Tensor, lam: Tensor) -> Tensor:
     share = lam[:, None]
     mixed = torch.logaddexp(own + share.log(), other + (1.0 - share).log())
     return torch.where(share == 1.0, own, mixed)
-
-
-def _mix(
-    pool: Pool,
-    settings: StageConfig,
-    seed: int,
-    step: int,
-    images: Tensor,
-    positions: Positions,
-    view: Positions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    alpha = settings.cutmix_alpha if _is_mixed(settings, seed, step) else 0.0
-    return cutmix(images, pool.ids[positions], view=view, seed=seed, alpha=alpha)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastscarce.augment import views
+from fastscarce.augment import Plan, Policy, apply, draw, get_policy
 from fastscarce.data import ImageSet
 from fastscarce.train.run import Run
 
@@ -26,7 +26,7 @@ class Pool:
     """Decoded images on one device, and what it takes to make views of them.
 
     Attributes:
-        images: uint8 ``(n, channels, height, width)``.
+        images: uint8 ``(n, height, width, channels)``.
         ids: int64 ``(n,)``.
         labels: int64 ``(n,)`` on the device, -1 where there is none.
         classes: Number of classes.
@@ -44,9 +44,8 @@ class Pool:
     @classmethod
     def of(cls, images: ImageSet, *, seed: int, device: torch.device) -> Pool:
         """Move a data set to ``device``."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images.images.transpose(0, 3, 1, 2)))
         return cls(
-            images=pixels.to(device),
+            images=torch.from_numpy(np.ascontiguousarray(images.images)).to(device),
             ids=images.ids,
             labels=torch.from_numpy(images.labels).to(device),
             classes=len(images.classes),
@@ -54,23 +53,35 @@ class Pool:
             seed=seed,
         )
 
-    def views(
-        self, positions: Positions, policy: str, view: int | Positions, model: nn.Module
-    ) -> Tensor:
-        """Views of some images, normalised as ``model`` asks, float32 ``(rows, C, H, W)``."""
-        mean, std = normalisation(model, int(self.images.shape[1]))
-        rows = torch.from_numpy(positions).to(self.images.device)
-        batch = views(
-            self.images[rows],
-            self.ids[positions],
-            policy=policy,
-            view=view,
-            seed=self.seed,
-            flip=self.flip,
+    def draw(self, positions: Positions, policy: str | Policy, view: int | Positions) -> Plan:
+        """What is done to some images: a function of (seed, id, view) and the policy."""
+        chosen = get_policy(policy)
+        if not self.flip:
+            chosen = chosen.without("flip")
+        _, height, width, channels = self.images.shape
+        if channels == 3:  # of grey scans the ground is black; a photograph has none
+            chosen = replace(chosen, fill="reflect")
+        ids = self.ids[positions]
+        return draw(chosen, ids, view=view, seed=self.seed, image_size=(height, width))
+
+    def carry_out(self, plan: Plan, positions: Positions, model: nn.Module) -> Tensor:
+        """The planned views, normalised as ``model`` asks, float32 ``(rows, C, H, W)``."""
+        mean, std = normalisation(model, int(self.images.shape[3]))
+        device = self.images.device
+        return apply(
+            plan.to(device),
+            self.images,
+            index=torch.from_numpy(positions).to(device),
             mean=mean,
             std=std,
+            layout=torch.channels_last,
         )
-        return batch.contiguous(memory_format=torch.channels_last)
+
+    def views(
+        self, positions: Positions, policy: str | Policy, view: int | Positions, model: nn.Module
+    ) -> Tensor:
+        """Views of some images: drawn and carried out."""
+        return self.carry_out(self.draw(positions, policy, view), positions, model)
 
 
 def normalisation(

@@ -6,6 +6,10 @@ import pytest
 from fastscarce.augment.philox import blocks, keyed_order, philox4x32, uniforms
 
 
+def words_of(counter: list[int], key: list[int]) -> list[int]:
+    return [int(word) for word in philox4x32(*(np.uint64(number) for number in counter + key))]
+
+
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [
@@ -20,8 +24,12 @@ from fastscarce.augment.philox import blocks, keyed_order, philox4x32, uniforms
     ],
 )
 def test_known_answers(counter: list[int], key: list[int], expected: list[int]) -> None:
-    words = philox4x32(tuple(np.array(c, dtype=np.uint64) for c in counter), tuple(key))
-    assert words.tolist() == expected
+    assert words_of(counter, key) == expected
+    # The compiled loop that plans are drawn by.
+    low, high, view, draw = counter
+    sample = np.uint64(high << 32 | low).astype(np.int64)
+    got = blocks(key[1] << 32 | key[0], [sample], view, first=draw, count=1)[0]
+    assert got.tolist() == expected
 
 
 def test_counter_is_id_view_and_draw() -> None:
@@ -29,8 +37,8 @@ def test_counter_is_id_view_and_draw() -> None:
     low, high = sample & 0xFFFFFFFF, (sample >> 32) & 0xFFFFFFFF
     got = blocks(seed, [sample], view, first=2, count=2)[0]
     for number, draw in enumerate((2, 3)):
-        counter = tuple(np.array(c, dtype=np.uint64) for c in (low, high, view, draw))
-        assert got[4 * number : 4 * number + 4].tolist() == philox4x32(counter, (3, 7)).tolist()
+        expected = words_of([low, high, view, draw], [3, 7])
+        assert got[4 * number : 4 * number + 4].tolist() == expected
 
 
 def test_uniforms_are_open_and_uniform() -> None:

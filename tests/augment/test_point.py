@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as peer
 
 from fastscarce.augment.point import POINT_OPERATIONS
-from fastscarce.augment.policy import OPERATIONS
+from fastscarce.augment.table import OPERATIONS
 
 CASES: list[tuple[str, float, Callable[[Tensor], Tensor], int]] = [
     *[("brightness", f, lambda x, f=f: peer.adjust_brightness(x, f), 1) for f in (0.2, 1.7)],
@@ -21,6 +21,8 @@ CASES: list[tuple[str, float, Callable[[Tensor], Tensor], int]] = [
     *[("posterize", b, lambda x, b=b: peer.posterize(x, int(b)), 0) for b in (4.0, 7.0, 8.0)],
     ("autocontrast", 0.0, peer.autocontrast, 1),
     ("equalize", 0.0, peer.equalize, 0),
+    ("invert", 0.0, peer.invert, 0),
+    *[("hue", t, lambda x, t=t: peer.adjust_hue(x, t), 2) for t in (-0.3, 0.1)],
 ]
 
 

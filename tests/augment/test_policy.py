@@ -1,110 +1,97 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
+import yaml
 
-from fastscarce.augment import OPERATIONS, PLAN, Policy, draw
-
-SIZE = {"height": 28, "width": 28}
-
-
-def plan_of(policy: str | Policy, rows: int = 7000, **options: object) -> np.ndarray:
-    settings = {"seed": 3, "flip": False, "reflect": False, **SIZE, **options}
-    return draw(np.arange(rows), 1, policy=policy, **settings)
-
-
-def test_operations_are_equally_frequent() -> None:
-    drawn = plan_of("strong")["drawn"]
-    for slot in range(2):
-        counts = np.bincount(drawn[:, slot], minlength=len(OPERATIONS))
-        assert ((counts - 500) ** 2 / 500).sum() < 34.5  # 99.9 %, 13 degrees of freedom
-    pairs = np.bincount(drawn[:, 0] * 14 + drawn[:, 1], minlength=196)
-    assert ((pairs - 7000 / 196) ** 2 / (7000 / 196)).sum() < 263  # 99.9 %, 195 degrees
-
-
-def test_eval_is_the_identity() -> None:
-    plan = plan_of("eval", 5)
-    assert plan.dtype == PLAN
-    assert (plan["matrix"] == np.eye(2, 3)).all()
-    assert not plan["operation"].any()
-    assert not plan["erase"].any()
+from fastscarce.augment import (
+    POLICIES,
+    STEPS,
+    Affine,
+    CutMix,
+    Erase,
+    Flip,
+    Jitter,
+    MixUp,
+    Policy,
+    RandAugment,
+    ResizedCrop,
+    Shift,
+    get_policy,
+)
 
 
-@pytest.mark.parametrize("side", [8, 28, 64])
-def test_shift_moves_by_whole_pixels(side: int) -> None:
-    matrix = plan_of(Policy(shift=0.125), height=side, width=side)["matrix"]
-    assert (matrix[:, :, :2] == np.eye(2)).all()
-    most = side // 8 if side != 28 else 4  # round(28 / 8)
-    for axis in range(2):
-        counts = np.unique(matrix[:, axis, 2], return_counts=True)
-        assert counts[0].tolist() == list(range(-most, most + 1))
-        assert counts[1].min() > 0.7 * 7000 / (2 * most + 1)
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_policy_survives_yaml(name: str) -> None:
+    policy = get_policy(name).followed_by(CutMix(0.7), MixUp(probability=0.5))
+    assert Policy.from_yaml(yaml.safe_dump(policy.to_dict())) == policy
 
 
-def test_flip_is_asked_for() -> None:
-    assert (plan_of("weak", flip=False)["matrix"][:, 0, 0] > 0).all()
-    mirrored = plan_of("weak", flip=True)["matrix"][:, 0, 0] < 0
-    assert 0.47 < mirrored.mean() < 0.53
+def test_from_yaml() -> None:
+    text = """
+    - resized_crop: {scale: [0.2, 1.0]}
+    - flip
+    - randaugment: {operations: 1, magnitude: [3, 15]}
+    - cutmix: {alpha: 0.5}
+    """
+    expected = Policy((ResizedCrop((0.2, 1.0)), Flip(), RandAugment(1, (3.0, 15.0)), CutMix(0.5)))
+    assert Policy.from_yaml(text) == expected
+    assert get_policy(yaml.safe_load(text)) == expected
+    with_fill = Policy.from_yaml("{steps: [shift], sampling: nearest, fill: [1, 2, 3]}")
+    assert with_fill == Policy((Shift(),), sampling="nearest", fill=(1, 2, 3))
 
 
-def test_weak_moves_a_little() -> None:
-    matrix = plan_of("weak")["matrix"].astype(float)
-    scale = np.sqrt(np.linalg.det(matrix[:, :, :2]))
-    degrees = np.degrees(np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0]))
-    centre = matrix @ np.array([13.5, 13.5, 1.0]) - 13.5
-    for values, most in ((np.log(scale), 0.05), (degrees, 8.0), (centre, 0.0625 * 28)):
-        assert np.abs(values).max() < most * 1.001
-        assert values.min() < -0.98 * most
-        assert values.max() > 0.98 * most
-        assert abs(values.mean()) < 0.03 * most
+def test_names_with_numbers_and_additions() -> None:
+    assert get_policy("randaugment(3, 12)").steps == (RandAugment(3, 12.0),)
+    mixed = get_policy("strong+cutmix+mixup(0.2)")
+    assert mixed.steps == (*POLICIES["strong"].steps, CutMix(), MixUp(0.2))
+    assert get_policy(mixed) is mixed
+    assert get_policy("strong+erase(1)").steps[-1] == Erase(1.0)
+    assert mixed.without("cutmix", "mixup") == POLICIES["strong"]
 
 
-def test_shear_keeps_the_area() -> None:
-    matrix = plan_of(Policy(shear=0.3))["matrix"].astype(float)
-    assert np.allclose(np.linalg.det(matrix[:, :, :2]), 1.0)
-    assert 0.29 < matrix[:, 0, 1].max() < 0.3001
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("medium", "policy must be one of eval, weak"),
+        ("weak(3)", "policy must be one of eval, weak"),
+        ("randaugment(2)", r"randaugment needs \(n, m\)"),
+        ("randaugment(2.5, 9)", r"randaugment needs \(n, m\)"),
+        ("randaugment(5, 9)", "1 to 4 operations, got 5"),
+        ("randaugment(2, 31)", "magnitude, a number from 0 to 30, got 31"),
+        ("weak+blur", r"\+ adds one of cutmix"),
+        ("strong!", "policy needs a name"),
+        (["blur"], "needs steps of flip, .*, got 'blur'"),
+        ([{"flip": {"part": 1}}], "step flip needs settings"),
+        ([{"flip": {"probability": 1.5}}], "Flip needs probability, a number from 0 to 1"),
+        ([{"resized_crop": {"scale": [0.9, 0.5]}}], "scale, two rising numbers"),
+        ([{"cutmix": {"alpha": 0}}], "CutMix needs a positive, finite alpha, got 0"),
+        ([{"mixup": {"alpha": -1}}], "MixUp needs a positive, finite alpha"),
+        ([3], "needs steps such as"),
+        ({"stpes": []}, "stpes"),
+        ({"steps": [], "sampling": "cubic"}, "bilinear or nearest, got 'cubic'"),
+        ({"steps": [], "fill": 256}, "levels from 0 to 255, got 256"),
+        ({"steps": [], "fill": [1, 2]}, "one or three levels"),
+        ([{"jitter": {"brightness": 2}}], "brightness, a number from 0 to 1"),
+        ([{"affine": {"rotate": -1}}], "rotate, a number from 0 to 180"),
+    ],
+)
+def test_refusals(policy: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_policy(policy)  # type: ignore[arg-type]
 
 
-def test_crops_stay_inside() -> None:
-    matrix = plan_of("standard", flip=True)["matrix"].astype(float)
-    corners = matrix @ np.array([[-0.5, 27.5, 1], [27.5, -0.5, 1]]).T
-    assert corners.min() > -0.501
-    assert corners.max() < 27.501
-    area = np.abs(np.linalg.det(matrix[:, :, :2]))
-    assert 0.5 < area.min() < 0.62
-    assert area.max() > 0.97
+def test_more_operations_than_a_row_holds() -> None:
+    with pytest.raises(ValueError, match="at most 4 operations on levels, got 5"):
+        Policy((Jitter(0.1, 0.1, 0.1), RandAugment(2)))
+    assert len(Policy((Jitter(0.1, 0.1), RandAugment(2), Affine(rotate=3))).steps) == 3
 
 
-def test_erased_boxes_lie_inside_half_of_the_views() -> None:
-    box = plan_of("strong")["erase"]
-    erased = box[:, 2] > box[:, 0]
-    assert 0.47 < erased.mean() < 0.53
-    assert (box >= 0).all()
-    assert (box <= 28).all()
-    assert (box[erased, 3] > box[erased, 1]).all()
-    level = plan_of("strong")["erase_level"]
-    assert level.min() == 0
-    assert level.max() == 255
-    assert 120 < level.mean() < 135
+@pytest.mark.parametrize("text", ["3", "'weak'", "a: b: c", "[{flip: {probability: x}}]"])
+def test_yaml_that_is_no_policy(text: str) -> None:
+    with pytest.raises(ValueError, match=r"needs"):
+        Policy.from_yaml(text)
 
 
-def test_rotation_is_at_most_27_degrees() -> None:
-    plan = plan_of(Policy(operations=1, magnitude=9.0))
-    rotated = plan[plan["drawn"][:, 0] == OPERATIONS.index("rotate")]["matrix"]
-    degrees = np.degrees(np.arctan2(rotated[:, 1, 0], rotated[:, 0, 0]))
-    assert degrees.min() < -26
-    assert degrees.max() > 26
-    assert np.abs(degrees).max() < 27.01
-    assert np.abs(degrees).min() > 2.9
-
-
-def test_views_differ_and_repeat() -> None:
-    one = plan_of("strong", 50)
-    assert np.array_equal(one, plan_of("strong", 50))
-    other = draw(np.arange(50), 2, policy="strong", seed=3, flip=False, reflect=False, **SIZE)
-    assert (one["matrix"] != other["matrix"]).any(axis=(1, 2)).mean() > 0.9
-
-
-def test_unknown_policy() -> None:
-    with pytest.raises(ValueError, match="policy must be one of eval, weak"):
-        plan_of("medium", 1)
+def test_every_step_has_its_own_code() -> None:
+    codes = [step.code for step in STEPS.values()]
+    assert sorted(codes) == list(range(len(STEPS)))

@@ -91,14 +91,16 @@ def test_student_loss_is_two_means(
     rows = [place[int(number)] for number in task.pool.ids[batch.positions]]
     probabilities = torch.from_numpy(np.exp(labels.log_probs[rows].astype(np.float64)))
     if probability:
-        from fastscarce.augment import cutmix
-
-        plain = task.pool.views(batch.positions, settings.augmentation, batch.view, model)
-        ids = task.pool.ids[batch.positions]
-        mixed, partner, lam = cutmix(
-            plain, ids, view=batch.view, seed=objective._seed, alpha=settings.cutmix_alpha
-        )
-        assert torch.equal(images[8:], mixed)
+        plan = task.pool.draw(batch.positions, settings.augmentation, batch.view)
+        plain = task.pool.carry_out(plan, batch.positions, model)
+        mixed = task.pool.draw(batch.positions, objective._policy, batch.view).table
+        lam = torch.from_numpy(mixed["lam"].copy())
+        partner = torch.arange(24) ^ 1
+        for row in range(24):
+            top, left, bottom, right = mixed["box"][row]
+            expected = plain[row].clone()
+            expected[:, top:bottom, left:right] = plain[row ^ 1][:, top:bottom, left:right]
+            assert torch.equal(images[8 + row], expected)
         share = lam.double()[:, None]
         probabilities = share * probabilities + (1 - share) * probabilities[partner]
     logits = model(images).double()
@@ -141,16 +143,11 @@ def test_mixed_rows_are_the_dense_mixture() -> None:
     assert not bool(torch.isnan(mixed).any())
 
 
-def test_about_the_asked_part_of_the_steps_is_mixed(task: Task, model: torch.nn.Module) -> None:
-    settings = StageConfig(batch_size=4, cutmix_probability=0.3)
+def test_about_the_asked_part_of_the_views_is_mixed(task: Task, model: torch.nn.Module) -> None:
+    settings = StageConfig(batch_size=40, cutmix_probability=0.3)
     objective = Supervised(task.run, task.pool, task.split.labelled, settings)
-    from fastscarce.train.objectives import _is_mixed
-
-    mixed = [_is_mixed(settings, objective._seed, step) for step in range(2000)]
-    assert 0.25 < np.mean(mixed) < 0.35
-    for step in (mixed.index(True), mixed.index(False)):
-        _, target = objective.batch(model, step, 0, 1)
-        assert bool((target.lam < 1).any()) == mixed[step]
+    own = torch.cat([objective.batch(model, step, 0, 1)[1].lam for step in range(50)])
+    assert 0.25 < float((own < 1).float().mean()) < 0.35
 
 
 def test_each_labelled_image_once_an_epoch_in_any_number_of_processes(task: Task) -> None:

@@ -1,0 +1,151 @@
+"""A plan: what is done to each image of a batch, and the labels that follow from it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable
+from fastscarce.ops import MixedTarget, MixedTopK, TopK
+
+__all__ = ["Plan", "concatenate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A row a result: which images are read is said where the plan is carried out.
+
+    Args:
+        table: Of dtype `PLAN`, ``(rows,)``; see fastscarce/augment/table.py for its fields.
+        image_size: Height and width in pixels of the images that it is for.
+        version: Of the mapping from random words to parameters.
+
+    Raises:
+        ValueError: The table has another dtype or shape.
+    """
+
+    table: PlanTable
+    image_size: tuple[int, int]
+    version: int = MAPPING_VERSION
+    rows: Tensor = field(init=False, repr=False)
+    """The table as the kernels read it, uint8 ``(rows, 128)``, on the device of `to`."""
+    partner: Tensor = field(init=False, repr=False)
+    """Places in the batch, int64 ``(rows,)``, on the device of `to`."""
+    lam: Tensor = field(init=False, repr=False)
+    """Weight of each row's own image, exact, float32 ``(rows,)``, on the device of `to`."""
+
+    def __post_init__(self) -> None:
+        table = self.table
+        if table.dtype != PLAN or table.ndim != 1:
+            raise ValueError(
+                f"Plan needs a table of dtype PLAN and shape (rows,), got {table.dtype} "
+                f"{table.shape}."
+            )
+        if not table.flags.c_contiguous or table.ctypes.data % 8:
+            table = np.ascontiguousarray(table)
+            object.__setattr__(self, "table", table)
+        rows = torch.from_numpy(table.view(np.uint8).reshape(len(table), PLAN.itemsize))
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "partner", torch.from_numpy(table["partner"].astype(np.int64)))
+        object.__setattr__(self, "lam", torch.from_numpy(np.ascontiguousarray(table["lam"])))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
+        """The same plan with what the kernels read on ``device``."""
+        moved = Plan(self.table, self.image_size, self.version)
+        for name in ("rows", "partner", "lam"):
+            tensor = getattr(self, name).to(device, non_blocking=non_blocking)
+            object.__setattr__(moved, name, tensor)
+        return moved
+
+    def mixed_target(self, labels: Tensor) -> MixedTarget:
+        """The labels of the mixed images.
+
+        Args:
+            labels: Of the rows' own images, int64 ``(rows,)``.
+
+        Returns:
+            `MixedTarget` of each row's label and its partner's, with the plan's exact weights, on
+            the labels' device.
+
+        Raises:
+            ValueError: There is not one int64 label a row.
+        """
+        if labels.dtype != torch.int64 or labels.shape != (len(self),):
+            raise ValueError(
+                f"mixed_target needs int64 labels of shape ({len(self)},), got {labels.dtype} "
+                f"{tuple(labels.shape)}."
+            )
+        partner = self.partner.to(labels.device)
+        return MixedTarget(labels, labels[partner], self.lam.to(labels.device))
+
+    def mixed_topk(self, teacher: TopK) -> MixedTopK:
+        """The teacher of the mixed images.
+
+        Args:
+            teacher: What a teacher says of the rows' own images, a row a row.
+
+        Returns:
+            `MixedTopK` with the plan's weights, on the teacher's device.
+
+        Raises:
+            ValueError: There is not one teacher row a row.
+        """
+        if len(teacher) != len(self):
+            raise ValueError(f"mixed_topk needs a teacher of {len(self)} rows, got {len(teacher)}.")
+        device = teacher.indices.device
+        partner = self.partner.to(device)
+        other = TopK(
+            teacher.indices[partner], teacher.log_probs[partner], teacher.log_tail[partner]
+        )
+        return MixedTopK(teacher, other, self.lam.to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to one file that `load` reads, without pickle."""
+        facts = json.dumps({"version": self.version, "image_size": list(self.image_size)})
+        content = io.BytesIO()
+        np.savez(content, table=self.table, facts=np.array(facts))
+        Path(path).write_bytes(content.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: The file is no plan, or its rows are laid out as another version's.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                facts = json.loads(str(content["facts"]))
+                height, width = facts["image_size"]
+                return cls(content["table"], (int(height), int(width)), int(facts["version"]))
+        except (KeyError, ValueError, EOFError) as error:
+            raise ValueError(f"Plan.load needs a plan's file, got {path}: {error}") from None
+
+
+def concatenate(plans: Sequence[Plan]) -> Plan:
+    """One plan of several, such as a weak and a strong view of each image.
+
+    Partners stay within their own plan.
+
+    Raises:
+        ValueError: There is none, or their image sizes or versions differ.
+    """
+    kinds = {(plan.image_size, plan.version) for plan in plans}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"concatenate needs plans of one image size and version, got {sorted(kinds)}."
+        )
+    table = np.concatenate([plan.table for plan in plans])
+    starts = np.cumsum([0, *(len(plan) for plan in plans[:-1])])
+    table["partner"] += np.repeat(starts, [len(plan) for plan in plans]).astype(np.int32)
+    return Plan(table, plans[0].image_size, plans[0].version)

@@ -1,0 +1,130 @@
+"""Plans of one named operation, for tests and figures."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fastscarce.augment.draw import _warp_of, checked_size, neighbours
+from fastscarce.augment.plan import Plan
+from fastscarce.augment.table import MIXES, OPERATIONS, SAMPLINGS, PlanTable, new_table
+
+__all__ = ["plan_of"]
+
+_WARPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+_OTHERS = ("flip", "crop", "erase", "cutmix", "mixup")
+# Least and most magnitude, and its unit.
+_RANGES = {
+    "rotate": (-360.0, 360.0, "degrees"),
+    "solarize": (0.0, 255.0, "a grey level"),
+    "color": (0.0, 100.0, "a factor"),
+    "posterize": (0.0, 8.0, "bits"),
+    "contrast": (0.0, 100.0, "a factor"),
+    "brightness": (0.0, 100.0, "a factor"),
+    "sharpness": (0.0, 100.0, "a factor"),
+    "shear_x": (-10.0, 10.0, "a fraction of the height"),
+    "shear_y": (-10.0, 10.0, "a fraction of the width"),
+    "translate_x": (-32767.0, 32767.0, "pixels"),
+    "translate_y": (-32767.0, 32767.0, "pixels"),
+    "hue": (-0.5, 0.5, "a part of a turn"),
+    "crop": (0.01, 1.0, "the part of each side that is kept"),
+    "erase": (0.0, 1.0, "the part of the area"),
+    "cutmix": (0.0, 1.0, "the partner's part of the area"),
+    "mixup": (0.0, 1.0, "the partner's weight"),
+}
+
+
+def plan_of(
+    operation: str,
+    sample_ids: npt.ArrayLike,
+    *,
+    magnitude: float = 0.0,
+    image_size: int | tuple[int, int],
+    sampling: Literal["nearest", "bilinear"] = "nearest",
+    fill: int = 0,
+) -> Plan:
+    """A plan that does one operation to every image; nothing is drawn.
+
+    Args:
+        operation: One of RandAugment's 14, ``invert``, ``hue``, ``flip``, ``crop``, ``erase``,
+            ``cutmix`` or ``mixup``; ``saturation`` is ``color``.
+        sample_ids: int64 ``(rows,)``.
+        magnitude: In the operation's own unit: degrees, a factor, a grey level, bits, pixels, a
+            fraction of a side or of the area. Boxes and crops are about the image's centre.
+        image_size: Side in pixels, or height and width.
+        sampling: Of a warp.
+        fill: Level of what a warp uncovers and of what is erased, 0 to 255.
+
+    Raises:
+        ValueError: The operation is unknown, or a number is out of range.
+    """
+    name = "color" if operation == "saturation" else operation
+    if name not in OPERATIONS and name not in _OTHERS:
+        raise ValueError(
+            f"plan_of needs one of {', '.join((*OPERATIONS, *_OTHERS))}, got {operation!r}."
+        )
+    if name in _RANGES:
+        least, most, unit = _RANGES[name]
+        if not least <= magnitude <= most:
+            raise ValueError(
+                f"plan_of needs {name} by {unit} from {least:g} to {most:g}, got {magnitude}."
+            )
+    if sampling not in SAMPLINGS or not 0 <= fill <= 255:
+        raise ValueError(
+            f"plan_of needs sampling nearest or bilinear and fill from 0 to 255, got {sampling!r}"
+            f" and {fill}."
+        )
+    size = checked_size("plan_of", image_size)
+    ids = np.asarray(sample_ids, dtype=np.int64)
+    table = new_table(len(ids))
+    table["id"] = ids
+    table["partner"] = neighbours(len(ids))
+    table["sampling"] = SAMPLINGS.index(sampling)
+    table["fill"][:, :3] = fill
+    if name in _WARPS or name in ("flip", "crop"):
+        table["matrix"] = np.reshape(_matrix(name, float(magnitude), size), (2, 3))
+    elif name in OPERATIONS:
+        table["operation"][:, 0] = OPERATIONS.index(name)
+        table["argument"][:, 0] = magnitude
+        table["rest"][:, 0] = 1.0 - magnitude
+    else:
+        _fill_box(table, name, magnitude, size, fill)
+    if name in OPERATIONS:
+        table["drawn"][:, 0] = OPERATIONS.index(name)
+        table["amount"][:, 0] = magnitude
+    return Plan(table, size)
+
+
+def _matrix(name: str, magnitude: float, size: tuple[int, int]) -> npt.NDArray[np.float64]:
+    matrix = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    if name == "flip":
+        matrix[0] = -1.0
+    elif name == "crop":
+        matrix[0] = matrix[4] = magnitude
+    else:
+        amount = float(int(magnitude)) if name.startswith("translate") else magnitude
+        _warp_of(matrix, OPERATIONS.index(name), amount, *size)
+    return matrix
+
+
+def _fill_box(table: PlanTable, name: str, share: float, size: tuple[int, int], fill: int) -> None:
+    box = []
+    for side in size:
+        length = math.floor(side * math.sqrt(share))
+        box.append(((side - length) // 2, (side - length) // 2 + length))
+    edges = [box[0][0], box[1][0], box[0][1], box[1][1]]
+    if name == "erase":
+        table["erase"] = edges
+        table["erase_fill"][:, :3] = fill
+        return
+    paired = table["partner"] != np.arange(len(table))
+    table["mix"] = np.where(paired, MIXES.index(name), 0)
+    if name == "mixup":
+        lam = 1.0 - share
+    else:
+        table["box"] = np.where(paired[:, None], edges, 0)
+        lam = 1.0 - (edges[2] - edges[0]) * (edges[3] - edges[1]) / (size[0] * size[1])
+    table["lam"] = np.where(paired, lam, 1.0)

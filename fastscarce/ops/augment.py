@@ -1,0 +1,118 @@
+"""Carry out an augmentation plan in one fused pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastscarce import _ops  # noqa: F401  loads the kernels
+
+__all__ = ["PLAN_ROW_BYTES", "augment"]
+
+PLAN_ROW_BYTES = 128
+_PIXELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+_augment = torch.ops.fastscarce.augment.default
+_augment_out = torch.ops.fastscarce.augment_out.default
+
+
+def augment(
+    images: Tensor,
+    plan: Tensor,
+    *,
+    index: Tensor | None = None,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.contiguous_format,
+    colour: Literal["exact", "fast"] = "exact",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Carry out a plan's rows: read uint8 images, write normalised ones.
+
+    Each row reads its image once and writes its result once; only rows whose operations need
+    something of the whole image look at it before. No gradient.
+
+    Args:
+        images: uint8 ``(n, height, width, channels)``, contiguous, 1 or 3 channels: a batch, or
+            with ``index`` a pool.
+        plan: The rows of a `fastscarce.augment.Plan`, uint8 ``(rows, 128)``, on the images'
+            device.
+        index: Which image each row reads, int64 ``(rows,)``. None: row i reads image i. On a CPU
+            a place outside the pool is refused; on a GPU, where looking would wait for it, such a
+            row is black.
+        mean: Subtracted from levels scaled to 0..1: one number or one a channel.
+        std: What the difference is divided by: one number or one a channel. Positive.
+        dtype: float32, bfloat16 or float16; or uint8 for levels, which are not normalised.
+        layout: ``torch.contiguous_format`` or ``torch.channels_last``.
+        colour: ``exact``: each operation rounds as torchvision's on uint8 images. ``fast``:
+            brightness, contrast and color in a row are one matrix, clamped once at its end.
+        out: Where the result is written: ``(rows, channels, height, width)`` of ``dtype`` and
+            ``layout``.
+
+    Returns:
+        ``(rows, channels, height, width)``; ``out`` where it is given.
+
+    Raises:
+        ValueError: A dtype, a shape, a layout or a number is none of these.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            "augment needs uint8 images, (n, height, width, 1 or 3 channels), got"
+            f" {images.dtype} {tuple(images.shape)}."
+        )
+    if plan.dtype != torch.uint8 or plan.dim() != 2 or plan.shape[1] != PLAN_ROW_BYTES:
+        raise ValueError(
+            f"augment needs a plan's rows, uint8 (rows, {PLAN_ROW_BYTES}), got {plan.dtype}"
+            f" {tuple(plan.shape)}."
+        )
+    rows, (count, height, width, channels) = plan.shape[0], images.shape
+    if index is None:
+        if count != rows:
+            raise ValueError(f"augment needs an image a row of the plan, {rows}, got {count}.")
+    elif index.dtype != torch.int64 or index.shape != (rows,):
+        raise ValueError(
+            f"augment needs an int64 index of shape ({rows},), got {index.dtype}"
+            f" {tuple(index.shape)}."
+        )
+    if len({t.device for t in (images, plan, index, out) if t is not None}) != 1:
+        raise ValueError(
+            "augment needs images, plan, index and out on one device, got"
+            f" {[str(t.device) for t in (images, plan, index, out) if t is not None]}."
+        )
+    if dtype not in _PIXELS:
+        raise ValueError(f"augment needs dtype float32, bfloat16, float16 or uint8, got {dtype}.")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"augment needs contiguous_format or channels_last, got {layout}.")
+    if colour not in ("exact", "fast"):
+        raise ValueError(f"augment needs colour of exact or fast, got {colour!r}.")
+    means, deviations = _numbers("mean", mean, channels), _numbers("std", std, channels)
+    if not all(0.0 < d < float("inf") for d in deviations):
+        raise ValueError(f"augment needs positive, finite std, got {std}.")
+    images = images.contiguous()
+    plan = plan.contiguous()
+    index = None if index is None else index.contiguous()
+    last, fast = layout == torch.channels_last, colour == "fast"
+    if out is None:
+        pixels = _PIXELS.index(dtype)
+        result: Tensor = _augment(images, plan, index, means, deviations, pixels, last, fast)
+        return result
+    shape = (rows, channels, height, width)
+    if out.dtype != dtype or out.shape != shape or not out.is_contiguous(memory_format=layout):
+        raise ValueError(
+            f"augment needs out of {shape} in {dtype} and {layout}, got {tuple(out.shape)} in"
+            f" {out.dtype} with strides {out.stride()}."
+        )
+    _augment_out(images, plan, index, means, deviations, last, fast, out)
+    return out
+
+
+def _numbers(name: str, value: float | Sequence[float], channels: int) -> list[float]:
+    numbers = [float(value)] if isinstance(value, (int, float)) else [float(x) for x in value]
+    if len(numbers) not in (1, channels):
+        raise ValueError(f"augment needs {name}, one number or {channels}, got {len(numbers)}.")
+    return numbers
