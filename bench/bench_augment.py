@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -31,10 +30,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import pytest
 import torch
-from bench_kd_loss import environment
 from torch import Tensor
 
 from fastscarce.augment import apply, draw, get_policy
@@ -100,7 +99,8 @@ def fastscarce_bilinear(job: str, rows: int, side: int) -> Step:
 def _normalise(levels: Tensor) -> Tensor:
     from torchvision.transforms.v2.functional import normalize
 
-    return normalize(levels.float().div_(255.0), MEAN, STD, inplace=True)
+    normalised: Tensor = normalize(levels.float().div_(255.0), MEAN, STD, inplace=True)
+    return normalised
 
 
 def _torchvision(job: str) -> Any:
@@ -125,7 +125,8 @@ def _cutmix(job: str) -> Callable[[Tensor, Tensor], Any]:
     from torchvision.transforms import v2
 
     if job == "randaugment":
-        return v2.CutMix(num_classes=10)
+        mix: Callable[[Tensor, Tensor], Any] = v2.CutMix(num_classes=10)
+        return mix
     return lambda images, labels: (images, labels)
 
 
@@ -309,10 +310,10 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     results = [measure(job, *size, arguments.seconds) for job in JOBS for size in SIZES]
     print_table(results)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {k: v for k, v in environment().items() if k not in ("temperature", "alpha")}
-    record = {**facts, **versions(), "results": results}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    facts = harness.environment("cpu", THREADS)
+    del facts["temperature"], facts["alpha"]
+    facts["versions"] |= versions()
+    harness.write_record(arguments.out, {**facts, "results": results})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -62,7 +62,10 @@ TABLES = {
 
 
 def ours(student: Tensor, teacher: Tensor, target: Tensor, **options: Any) -> Tensor:
-    return kd_loss(student, teacher, target, temperature=TEMPERATURE, alpha=ALPHA, **options)
+    loss: Tensor = kd_loss(
+        student, teacher, target, temperature=TEMPERATURE, alpha=ALPHA, **options
+    )
+    return loss
 
 
 def losses(device: str) -> dict[str, Loss]:

@@ -83,7 +83,8 @@ def head_steps(
     options: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
 
     def unfused(*parts: Tensor) -> Tensor:
-        return kd_loss(F.linear(*parts), teacher, target, **options)
+        loss: Tensor = kd_loss(F.linear(*parts), teacher, target, **options)
+        return loss
 
     gradients = sum(x.numel() * x.element_size() for x in layer) / 2**20
     return {

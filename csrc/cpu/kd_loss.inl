@@ -183,8 +183,8 @@ struct Kd {
     };
     int64_t i = 0;
     if (stream && n >= L) {
-      // Up to where whole lines begin, and no further: a line that was stored to in the cache and is
-      // then streamed to goes to memory twice.
+      // Up to where whole lines begin, and no further: a line that was stored to in the cache and
+      // is then streamed to goes to memory twice.
       constexpr int64_t bytes = L * int64_t(sizeof(A));
       const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % bytes);
       i = past ? (bytes - past) / int64_t(sizeof(A)) : 0;
