@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastscarce.cli import main
+from fastscarce.cli import console
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console()

@@ -10,10 +10,12 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from fastscarce.config import (
     DistillConfig,
@@ -24,7 +26,7 @@ from fastscarce.config import (
 )
 from fastscarce.errors import ConfigError, FastscarceError, Interrupted
 
-__all__ = ["main"]
+__all__ = ["console", "main"]
 
 COMMANDS: dict[str, type] = {
     "selftrain": SelftrainConfig,
@@ -199,3 +201,19 @@ def _disk(error: OSError) -> str:
             "saved before is whole."
         )
     return f"{error.strerror or error}{place}; mend that and run the same command with --resume."
+
+
+def console() -> NoReturn:
+    """Run `main` as a process of its own, whose exit code it gives.
+
+    One of several processes ends without the interpreter's teardown. PyTorch's DDP keeps the
+    process group alive, and a thread of gloo that drops the last tensor of a broadcast while the
+    interpreter is going away aborts the process.
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

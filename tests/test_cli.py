@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -411,3 +412,22 @@ def test_the_module_runs_as_the_script_does() -> None:
         [sys.executable, "-m", "fastscarce", "selftrane"], capture_output=True, text=True
     )
     refused(Answer(done.returncode, done.stdout, done.stderr), "did you mean selftrain?")
+
+
+@pytest.mark.parametrize(("processes", "torn_down"), [("1", True), ("2", False)])
+def test_one_of_several_processes_ends_without_teardown(processes: str, torn_down: bool) -> None:
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torn down'));"
+        "from fastscarce.cli import console; print('said before'); console()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "selftrain", "--student.stpes", "5"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WORLD_SIZE": processes},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "said before" in done.stdout
+    assert ("torn down" in done.stdout) == torn_down
+    assert "did you mean student.steps?" in done.stderr
