@@ -211,9 +211,11 @@ __device__ inline void clear_gradient(const Call& call, int64_t row, int lane, i
 }
 
 // Width threads a row, each with Chunks chunks of it. SameTeacher: the teacher has the student's
-// dtype; of another it is read where it lies, each time.
+// dtype; of another it is read where it lies, each time. Two blocks a multiprocessor: without that
+// bound the compiler keeps 16-bit logits as floats, and registers for one.
 template <class S, class A, int Width, int Chunks, bool SameTeacher>
-__global__ void __launch_bounds__(kThreads) kd_rows_kernel(const Call call) {
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
+    kd_rows_kernel(const Call call) {
   constexpr int n = kChunk<S>;
   const KdFactors factors = factors_of<S, A>(call);
   RowMath<S, A> math(call, factors);

@@ -96,11 +96,11 @@ def same(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float = 0.0) -> N
 
 
 def agree(name: str, *arguments: Any, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """Loss, gradient and factor of the emulated kernel, after comparison, in both orders."""
+    """What the emulated kernel returns, after comparison; of float32 in both orders."""
     want = getattr(cpu, name)(*arguments)
     student = arguments[0]
     first: tuple[Tensor, ...] | None = None
-    for order in (0, 1):
+    for order in (0, 1) if student.dtype == torch.float32 else (1,):
         emulated.set_order(order)
         got: tuple[Tensor, ...] = getattr(emulated, name)(*arguments)
         for a, b in zip(got, want, strict=True):
@@ -149,10 +149,20 @@ def test_kl(dtype: torch.dtype, classes: int) -> None:
     )
 
 
-@pytest.mark.parametrize("classes", [70001, 140003])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_too_long_for_a_block(dtype: torch.dtype, classes: int) -> None:
-    kd(*logits(1, classes, dtype), **labels("index", 1, classes))
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    # A block; a cluster of 2, of 8; a row that 8 blocks don't hold.
+    [(torch.float32, 5003), (torch.float32, 9001), (torch.float32, 70001), (torch.bfloat16, 21843),
+     (torch.float64, 120001)],
+    ids=str,
+)  # fmt: skip
+def test_a_row_that_is_split(dtype: torch.dtype, classes: int, clusters: bool) -> None:
+    emulated.set_clusters(clusters)
+    try:
+        kd(*logits(2, classes, dtype), **labels("mixed", 2, classes), label_smoothing=0.1)
+    finally:
+        emulated.set_clusters(True)
 
 
 @pytest.mark.parametrize("form", ["none", "index", "mixed", "dense"])
@@ -228,7 +238,7 @@ def test_temperatures(classes: int, temperature: float) -> None:
     )
 
 
-@pytest.mark.parametrize("rows", [0, 1, 64, 2049, 5000])
+@pytest.mark.parametrize("rows", [0, 1, 64, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_many_rows(rows: int, dtype: torch.dtype) -> None:
     student, teacher = logits(rows, 3, dtype)
@@ -276,10 +286,10 @@ def topk_teacher(rows: int, classes: int, k: int, dtype: torch.dtype) -> tuple[T
 @pytest.mark.parametrize("policy", range(4))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_topk_teachers(dtype: torch.dtype, policy: int) -> None:
-    for rows, classes, k in ((3, 7, 7), (3, 365, 5), (2, 1501, 300)):
+    for rows, classes, k in ((2, 7, 7), (2, 365, 5), (1, 1101, 300)):
         student = logits(rows, classes, dtype)[0]
         record = topk_teacher(rows, classes, k, torch.float16 if k == 5 else torch.float32)
-        for form in ("none", "mixed", "dense"):
+        for form in ("dense", "mixed") if k == 5 else ("none",):
             target = labels(form, rows, classes)
             names = ("target", "partner", "share")
             agree(
@@ -345,10 +355,10 @@ def test_scaling(dtype: torch.dtype, classes: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dist(dtype: torch.dtype) -> None:
-    for rows, classes in ((1, 5), (5, 1), (40, 33), (3, 1001), (70, 40)):
+    for rows, classes in ((1, 5), (5, 1), (40, 33), (3, 701)):
         student, teacher = logits(rows, classes, dtype)
         student[:, 0] = -INF if classes > 1 else 0
-        for temperature, inter, intra in ((1.0, 1.0, 1.0), (4.0, 2.0, 0.0)):
+        for temperature, inter, intra in ((1.0, 1.0, 1.0), (4.0, 2.0, 0.0))[: 1 + (rows == 3)]:
             arguments = (placed(student, 3), teacher, temperature, inter, intra, True)
             want = cpu.dist_loss(*arguments)
             got = emulated.dist_loss(*arguments)
@@ -358,7 +368,9 @@ def test_dist(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows,classes,k", [(3, 1, 1), (4, 7, 3), (2, 1001, 17), (1, 4097, 2048)])
+@pytest.mark.parametrize(
+    ("rows", "classes", "k"), [(3, 1, 1), (4, 7, 3), (2, 1001, 17), (1, 4097, 2048)]
+)
 def test_topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> None:
     values = logits(rows, classes, dtype)[0]
     values[0, ::2] = 1.0  # ties
@@ -379,7 +391,7 @@ def test_confidence(classes: int, dtype: torch.dtype) -> None:
         matrix = placed(values, shift, shift)
         want = cpu.confidence(matrix, 0.4, 2.0)
         for a, b in zip(emulated.confidence(matrix, 0.4, 2.0), want, strict=True):
-            same(a.float() if a.dtype == torch.bool else a, b.float() if b.dtype == torch.bool else b, dtype, 1.0)
+            same(1 * a, 1 * b, dtype, 1.0)
 
 
 REFUSED: list[Callable[[], object]] = [

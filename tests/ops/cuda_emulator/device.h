@@ -39,7 +39,7 @@ struct Device {
   bool clusters;
 };
 inline Device device_of(const torch::stable::Tensor&) {
-  return {2, 1 << 20, 227 << 10, emulator::has_clusters()};
+  return {1, 1 << 20, 227 << 10, emulator::has_clusters()};
 }
 
 inline cudaStream_t stream_of(const torch::stable::Tensor&) { return nullptr; }

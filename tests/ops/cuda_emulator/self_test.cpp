@@ -1,6 +1,7 @@
 // Kernels that are wrong, or right, in one way each: `self_test NAME` runs one. What the emulator
 // refuses goes to stderr with exit status 2; what it computes is printed.
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <string>
 #include <vector>
@@ -91,9 +92,11 @@ void shared_out_of_bounds() {
 
 void static_shared_out_of_bounds() {
   emulator::launch({1, 32, 0, 1}, [] {
-    __shared__ volatile float part[31];
+    __shared__ float part[31];
     volatile unsigned i = threadIdx.x;
     part[i] = 0;
+    __syncthreads();
+    if (part[0] != 0) std::abort();
   });
 }
 
