@@ -51,7 +51,7 @@ __device__ inline void store_chunk(S* row, Index from, Index classes, bool align
   if (aligned && from >= 0 && from + n <= classes) {
     uint4 bits;
     memcpy(&bits, &chunk, sizeof(bits));
-    *reinterpret_cast<uint4*>(row + from) = bits;
+    __stwb(reinterpret_cast<uint4*>(row + from), bits);  // an assignment may come apart
     return;
   }
 #pragma unroll

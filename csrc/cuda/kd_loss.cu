@@ -113,16 +113,21 @@ void launch_kl(const Call& call, const Device& device, cudaStream_t stream) {
   constexpr int n = kChunk<S>;
   // Of a row that begins where it costs most.
   const int64_t chunks = (call.classes + 2 * n - 2) / n;
-  if (call.teacher.data && call.teacher.dtype != call.student.dtype) {
+  const bool same = !call.teacher.data || call.teacher.dtype == call.student.dtype;
+  if constexpr (sizeof(A) == 8) {
+    // Few kernels: float64 is for checks, and its exponential takes long to compile.
+    if (same && chunks <= 32) return launch_rows<S, A, 32, 1, true>(call, device, stream);
+  } else if (!same) {
     if (chunks <= 128) return launch_rows<S, A, 32, 4, false>(call, device, stream);
-    return launch_split<S, A, false>(call, device, stream);
+  } else {
+    if (chunks <= 4) return launch_rows<S, A, 4, 1, true>(call, device, stream);
+    if (chunks <= 8) return launch_rows<S, A, 8, 1, true>(call, device, stream);
+    if (chunks <= 32) return launch_rows<S, A, 32, 1, true>(call, device, stream);
+    if (chunks <= 128) return launch_rows<S, A, 32, 4, true>(call, device, stream);
+    if (chunks <= 256) return launch_rows<S, A, 32, 8, true>(call, device, stream);
+    if (chunks <= 1024) return launch_rows<S, A, kThreads, 4, true>(call, device, stream);
   }
-  if (chunks <= 4) return launch_rows<S, A, 4, 1, true>(call, device, stream);
-  if (chunks <= 8) return launch_rows<S, A, 8, 1, true>(call, device, stream);
-  if (chunks <= 32) return launch_rows<S, A, 32, 1, true>(call, device, stream);
-  if (chunks <= 128) return launch_rows<S, A, 32, 4, true>(call, device, stream);
-  if (chunks <= 256) return launch_rows<S, A, 32, 8, true>(call, device, stream);
-  if (chunks <= 1024) return launch_rows<S, A, kThreads, 4, true>(call, device, stream);
+  if (!same) return launch_split<S, A, false>(call, device, stream);
   launch_split<S, A, true>(call, device, stream);
 }
 

@@ -214,7 +214,7 @@ __device__ inline void clear_gradient(const Call& call, int64_t row, int lane, i
 // dtype; of another it is read where it lies, each time. Two blocks a multiprocessor: without that
 // bound the compiler keeps 16-bit logits as floats, and registers for one.
 template <class S, class A, int Width, int Chunks, bool SameTeacher>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 && SameTeacher && Chunks <= 4 ? 2 : 1)
     kd_rows_kernel(const Call call) {
   constexpr int n = kChunk<S>;
   const KdFactors factors = factors_of<S, A>(call);
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kThreads) kd_split_kernel(const Call call) {
     const int first = rank * part, last = first + part < chunks ? first + part : chunks;
     // f(from, student, teacher_at) of each chunk of this thread; it alone reads what it kept.
     const auto over_chunks = [&](bool fresh, auto f) {
-#pragma unroll 4
+#pragma unroll(sizeof(A) == 8 ? 1 : 4)
       for (int c = first + lane; c < last; c += kThreads) {
         const int from = c * n - shift;
         uint4 bits, teacher_bits = {};

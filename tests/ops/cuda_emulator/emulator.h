@@ -148,6 +148,10 @@ template <class T>
 T __ldcg(const T* at) {
   return *at;
 }
+template <class T>
+void __stwb(T* at, T value) {
+  *at = value;
+}
 
 // ---- arithmetic
 inline int __popc(unsigned x) { return std::popcount(x); }
