@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard tools/*.py) \
                $(wildcard csrc/* csrc/*/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu \
-               csrc/*/*.cuh)
+               csrc/*/*.cuh tests/ops/cuda_emulator/*.h tests/ops/cuda_emulator/*.cpp)
 
 .PHONY: help install demo test lint format clean
 

@@ -6,9 +6,7 @@
 // touched. The second, a thread a pixel, mixes each row's rendering with its partner's, normalises,
 // casts and stores: each result is written once. Arithmetic is csrc/math/augment.h's, rounding for
 // rounding. No host synchronisation: a row whose index or plan can't be carried out is black.
-#include <cuda_runtime.h>
 #include <math.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +16,7 @@
 #include <optional>
 #include <vector>
 
+#include "device.cuh"
 #define FS_HD __host__ __device__
 #include "../augment_arguments.h"
 #include "tensors.cuh"
@@ -357,14 +356,12 @@ __global__ void __launch_bounds__(kStoreThreads) augment_store_kernel(const Call
 
 template <int C>
 void launch(const Call& call, cudaStream_t stream) {
-  augment_render_kernel<C>
-      <<<unsigned(std::min<int64_t>(call.rows, 1 << 20)), kRenderThreads, 0, stream>>>(call);
-  check_launch("augment");
+  launch_kernel("augment", augment_render_kernel<C>,
+                {unsigned(std::min<int64_t>(call.rows, 1 << 20)), kRenderThreads}, stream, call);
   const int64_t area = int64_t(call.height) * call.width;
   const dim3 grid(unsigned((area + kStoreThreads - 1) / kStoreThreads),
                   unsigned(std::min(call.rows, kMostRows)));
-  augment_store_kernel<C><<<grid, kStoreThreads, 0, stream>>>(call);
-  check_launch("augment");
+  launch_kernel("augment", augment_store_kernel<C>, {grid, kStoreThreads}, stream, call);
 }
 
 void run(const Tensor& images, const Tensor& plan, const std::optional<Tensor>& index,
@@ -373,7 +370,7 @@ void run(const Tensor& images, const Tensor& plan, const std::optional<Tensor>& 
   Call call;
   call.rows = plan.size(0);
   if (call.rows == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(images.get_device());
+  const DeviceGuard guard(images.get_device());
   call.sources = images.size(0);
   call.height = int(images.size(1));
   call.width = int(images.size(2));
@@ -428,7 +425,7 @@ void augment_out(Tensor images, Tensor plan, std::optional<Tensor> index, std::v
 }  // namespace
 }  // namespace fastscarce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("augment", TORCH_BOX(&fastscarce::cuda::augment));
   m.impl("augment_out", TORCH_BOX(&fastscarce::cuda::augment_out));
 }

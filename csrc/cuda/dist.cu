@@ -6,9 +6,7 @@
 // the loss. Exponentials are made again where they are wanted, so that nothing of the size of the
 // logits is written but the gradient. Every sum has a fixed order: no atomics, no host
 // synchronisation, bitwise repeatable, and capturable in a graph.
-#include <cuda_runtime.h>
 #include <math.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -16,6 +14,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "device.cuh"
 #define FS_HD __host__ __device__
 #include "../dist_arguments.h"
 #include "tensors.cuh"
@@ -246,29 +245,25 @@ void run(const Tensor& student, const Tensor& teacher, double temperature, doubl
   call.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
   if (call.rows > 0) {
     const unsigned row_blocks = unsigned(std::min(call.rows, kMostRowBlocks));
-    dist_rows_kernel<A><<<row_blocks, kThreads, 0, stream>>>(call);
-    check_launch("dist_loss");
+    launch_kernel("dist_loss", dist_rows_kernel<A>, {row_blocks, kThreads}, stream, call);
     const dim3 pieces(unsigned((call.classes + kColumns - 1) / kColumns),
                       unsigned(std::min(call.pieces, kMostPieces)));
-    dist_sums_kernel<A><<<pieces, kThreads, 0, stream>>>(call);
-    check_launch("dist_loss");
+    launch_kernel("dist_loss", dist_sums_kernel<A>, {pieces, kThreads}, stream, call);
     const unsigned columns = unsigned((call.classes + kThreads - 1) / kThreads);
-    dist_columns_kernel<A><<<columns, kThreads, 0, stream>>>(call);
-    check_launch("dist_loss");
+    launch_kernel("dist_loss", dist_columns_kernel<A>, {columns, kThreads}, stream, call);
     if (with_gradient) {
-      dist_gradient_kernel<S, A><<<row_blocks, kThreads, 0, stream>>>(call);
-      check_launch("dist_loss");
+      launch_kernel("dist_loss", dist_gradient_kernel<S, A>, {row_blocks, kThreads}, stream, call);
     }
   }
-  dist_loss_kernel<A><<<1, kThreads, 0, stream>>>(call, static_cast<A*>(loss.mutable_data_ptr()),
-                                                  static_cast<A*>(factor.mutable_data_ptr()));
-  check_launch("dist_loss");
+  launch_kernel("dist_loss", dist_loss_kernel<A>, {1, kThreads}, stream, call,
+                static_cast<A*>(loss.mutable_data_ptr()),
+                static_cast<A*>(factor.mutable_data_ptr()));
 }
 
 std::tuple<Tensor, Tensor, Tensor> dist_loss(Tensor student, Tensor teacher, double temperature,
                                              double inter, double intra, bool with_gradient) {
   check_dist_arguments(student, teacher, temperature);
-  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  const DeviceGuard guard(student.get_device());
   const Dtype dtype = dtype_of(student, "dist_loss");
   const ScalarType loss_type = dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor gradient = empty_of(student, with_gradient ? student.size(0) : 0, student.size(1));
@@ -295,6 +290,6 @@ std::tuple<Tensor, Tensor, Tensor> dist_loss(Tensor student, Tensor teacher, dou
 }  // namespace
 }  // namespace fastscarce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("dist_loss", TORCH_BOX(&fastscarce::cuda::dist_loss));
 }

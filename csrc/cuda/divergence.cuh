@@ -32,26 +32,20 @@ __device__ inline void deviation_over_block(At at, int64_t classes, A top, A& me
 
 template <class S, class A, int Name>
 __global__ void __launch_bounds__(kThreads) divergence_kernel(const Call call) {
-  const KdFactors factors = *call.factors;
+  const KdFactors factors = factors_of<S, A>(call);
   const bool labelled = factors.ce_loss != 0;
   const bool dense = labelled && call.soft.data;
   const bool smoothing = labelled && call.label_smoothing != 0;
   const int64_t classes = call.classes;
   const int lane = int(threadIdx.x);
+  double own_loss = 0;
   for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
-    const Label label = label_of(call, row);
-    const double weight = call.weight ? double(call.weight[row]) : 1.0;
-    KdWeights<A> w = {A(weight * factors.kd_loss),
-                      A(weight * factors.ce_loss),
-                      A(weight * factors.kd_gradient),
-                      A(weight * factors.ce_gradient),
-                      A(label.first_share + label.second_share),
-                      A(0)};
+    const Worth<A> worth = worth_of<A>(call, factors, row, dense);
+    const Label& label = worth.label;
+    KdWeights<A> w = worth.w;
     S* const gradient = call.gradient ? static_cast<S*>(call.gradient) + row * classes : nullptr;
-    A* const loss = static_cast<A*>(call.losses) + row;
-    const bool counts = w.kd_loss != 0 || (w.ce_loss != 0 && (dense || w.label_mass != 0));
-    if (label.outside || !counts) {
-      if (lane == 0) *loss = label.outside ? A(NAN) : A(0);
+    if (label.outside || !worth.counts) {
+      if (lane == 0) add_loss(call, row, label.outside ? A(NAN) : A(0), own_loss);
       if (gradient)
         for (int64_t i = lane; i < classes; i += kThreads) put(gradient + i, A(0));
       continue;
@@ -210,7 +204,8 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const Call call) {
       w.label_dot += A(label.second_share) * (second_logit - whole_max);
     const KdCoefficients<A> c =
         kd_finish(ce, w, A(1), A(call.label_smoothing), A(1.0 / double(classes)), A(0), dense);
-    if (lane == 0) *loss = c.loss + (w.kd_loss == 0 ? A(0) : w.kd_loss * d.loss);
+    if (lane == 0)
+      add_loss(call, row, c.loss + (w.kd_loss == 0 ? A(0) : w.kd_loss * d.loss), own_loss);
     if (!gradient) continue;
     for (int64_t i = lane; i < classes; i += kThreads) {
       const A s = student_at(i);
@@ -238,4 +233,5 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const Call call) {
       put(gradient + i, g);
     }
   }
+  finish_losses<A>(call, own_loss);
 }

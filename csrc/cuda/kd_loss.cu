@@ -1,14 +1,6 @@
-// Distillation loss and its gradient on a GPU. Shapes and terms: csrc/math/kd_row.h.
-//
-// A block takes a row (a warp, up to 1024 classes). Each thread finds the maxima of its own logits,
-// then sums exponentials relative to them, so one reduction, of whole statistics by kd_merge in a
-// fixed order, closes the row; a last sweep writes the gradient. Nothing of the row is kept in
-// shared memory, so a row may be of any length: its second and third reading come from L1 or L2.
-// DRAM sees student and teacher once and the gradient once while rows in flight fit in L2. The sums
-// over rows that the means divide by, and the sum of the losses, are kernels of one block in a
-// fixed order: no atomics, no host synchronisation, bitwise repeatable, and capturable in a graph.
+// The distillation losses and their gradients on a GPU: launchers and operators. Terms:
+// csrc/math/kd_row.h; what is launched: kd_call.cuh, kd_rows.cuh, divergence.cuh, kd_topk.cuh.
 #include <math.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -17,325 +9,163 @@
 #include <optional>
 #include <tuple>
 
+#include "device.cuh"
 #define FS_HD __host__ __device__
 #include "../kd_arguments.h"
 #include "statistics.cuh"
 #include "tensors.cuh"
 
 namespace fastscarce::cuda {
+namespace {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/divergence.h"
 #include "../math/topk_teacher.h"
 #include "block.cuh"
-// clang-format on
-
-namespace {
-
-// A teacher's k largest classes; csrc/math/topk_teacher.h.
-struct TopKTeacher {
-  int64_t k;
-  const int32_t* indices;
-  Matrix log_probs, log_tail;
-};
-
-struct Call {
-  int64_t rows, classes;
-  Matrix student, teacher, soft;
-  const int64_t* target;
-  const int64_t* partner;
-  const float* share;
-  const float* weight;
-  const float* class_weight;  // multiplies index labels
-  int64_t ignore_index, reduction;
-  double temperature, distillation, label, label_smoothing, threshold;
-  int64_t divergence;
-  double first, second;
-  TopKTeacher named[2];  // instead of `teacher`
-  int named_count, tail_policy;
-  const float* mix;
-  void* gradient;
-  void* losses;
-  KdFactors* factors;
-};
-
-struct Label {
-  int64_t first = -1, second = -1;           // -1: none
-  double first_share = 0, second_share = 0;  // times the weight of the class
-  double first_part = 0, second_part = 0;    // without it
-  bool outside = false;
-};
-
-__device__ inline void take(const Call& call, int64_t index, double part, int64_t& place,
-                            double& share, double& whole, bool& outside) {
-  if (index == call.ignore_index) return;
-  if (index < 0 || index >= call.classes) {
-    outside = true;
-    return;
-  }
-  place = index;
-  whole = part;
-  share = call.class_weight ? part * double(call.class_weight[index]) : part;
-}
-
-__device__ inline Label label_of(const Call& call, int64_t row) {
-  Label label;
-  if (!call.target) return label;
-  const double share = call.share ? double(call.share[row]) : 1.0;
-  take(call, call.target[row], share, label.first, label.first_share, label.first_part,
-       label.outside);
-  if (call.partner)
-    take(call, call.partner[row], 1.0 - share, label.second, label.second_share, label.second_part,
-         label.outside);
-  return label;
-}
-
-// ---- sums over rows, by one block, in a fixed order
-constexpr int kSumThreads = 1024;
-
-__device__ inline double block_sum(double value) {
-  __shared__ double part[kSumThreads];
-  part[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kSumThreads / 2; half > 0; half /= 2) {
-    if (int(threadIdx.x) < half) part[threadIdx.x] += part[threadIdx.x + half];
-    __syncthreads();
-  }
-  const double sum = part[0];
-  __syncthreads();
-  return sum;
-}
-
-template <class A>
-__global__ void kd_factors_kernel(Call call, bool float16, A* factor) {
-  double weights = 0, labels = 0;
-  if (call.reduction == kReductionMean) {
-    for (int64_t row = threadIdx.x; row < call.rows; row += kSumThreads) {
-      const double weight = call.weight ? double(call.weight[row]) : 1.0;
-      const Label label = label_of(call, row);
-      weights += weight;
-      labels += call.soft.data ? weight : weight * (label.first_share + label.second_share);
-    }
-    weights = block_sum(weights);
-    labels = block_sum(labels);
-  }
-  if (threadIdx.x == 0) {
-    *call.factors =
-        kd_factors(call.teacher.data != nullptr || call.named_count != 0,
-                   call.target != nullptr || call.soft.data != nullptr, call.temperature,
-                   call.distillation, call.label, call.reduction, float16, weights, labels);
-    *factor = A(call.factors->factor);
-  }
-}
-
-template <class A>
-__global__ void kd_loss_sum_kernel(const A* losses, int64_t rows, A* loss) {
-  double sum = 0;
-  for (int64_t row = threadIdx.x; row < rows; row += kSumThreads) sum += double(losses[row]);
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) *loss = A(sum);
-}
-
-// ---- one row
-template <class A>
-__device__ inline KdStatistics<A> statistics_down(const KdStatistics<A>& s, int by) {
-  return {shuffle_down(s.student_max, by), shuffle_down(s.teacher_max, by),
-          shuffle_down(s.student_sum, by), shuffle_down(s.teacher_sum, by),
-          shuffle_down(s.label_sum, by),   shuffle_down(s.gap, by),
-          shuffle_down(s.logit_sum, by),   shuffle_down(s.soft_mass, by),
-          shuffle_down(s.soft_dot, by),    shuffle_down(s.count, by)};
-}
-
-// Statistics of the row, in every thread. Width: threads a row, 32 or the whole block.
-template <class A, int Width>
-__device__ inline KdStatistics<A> reduce(KdStatistics<A> own, A inverse_temperature) {
-  for (int by = 16; by > 0; by /= 2)
-    own = kd_merge(own, statistics_down(own, by), inverse_temperature);
-  constexpr int warps = Width / 32;
-  __shared__ KdStatistics<A> shared[Width == 32 ? 32 : warps];
-  if constexpr (Width == 32) {
-    KdStatistics<A>& mine = shared[threadIdx.x / 32];
-    if (threadIdx.x % 32 == 0) mine = own;
-    __syncwarp();
-    own = mine;
-    __syncwarp();
-  } else {
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
-    __syncthreads();
-    own = shared[0];
-    for (int warp = 1; warp < warps; ++warp) own = kd_merge(own, shared[warp], inverse_temperature);
-    __syncthreads();
-  }
-  return own;
-}
-
-// S: the student's dtype. SameTeacher: the teacher has it too and its rows are read as such.
-template <class S, class A, int Width, bool SameTeacher>
-__global__ void __launch_bounds__(kThreads) kd_loss_kernel(const Call call) {
-  const KdFactors factors = *call.factors;
-  const bool teacher = factors.kd_loss != 0, labelled = factors.ce_loss != 0;
-  const bool dense = labelled && call.soft.data;
-  const bool smoothing = labelled && call.label_smoothing != 0;
-  const double t = teacher ? call.temperature : 1.0;
-  const bool same = t == 1.0;  // softmax(s / T) is softmax(s)
-  const A inverse_temperature = A(1.0 / t);
-  const int64_t classes = call.classes;
-  const int lane = int(threadIdx.x) % Width;
-  constexpr int rows_a_block = kThreads / Width;
-  // All threads of a row's group have the same row, so that they meet at every reduction.
-  for (int64_t row = int64_t(blockIdx.x) * rows_a_block + threadIdx.x / Width; row < call.rows;
-       row += int64_t(gridDim.x) * rows_a_block) {
-    const Label label = label_of(call, row);
-    const double weight = call.weight ? double(call.weight[row]) : 1.0;
-    KdWeights<A> w = {A(weight * factors.kd_loss),
-                      A(weight * factors.ce_loss),
-                      A(weight * factors.kd_gradient),
-                      A(weight * factors.ce_gradient),
-                      A(label.first_share + label.second_share),
-                      A(0)};
-    S* const gradient = call.gradient ? static_cast<S*>(call.gradient) + row * classes : nullptr;
-    A* const loss = static_cast<A*>(call.losses) + row;
-    const bool counts = w.kd_loss != 0 || (w.ce_loss != 0 && (dense || w.label_mass != 0));
-    if (label.outside || !counts) {
-      if (lane == 0) *loss = label.outside ? A(NAN) : A(0);
-      if (gradient)
-        for (int64_t i = lane; i < classes; i += Width) put(gradient + i, A(0));
-      continue;
-    }
-    const S* const student =
-        static_cast<const S*>(call.student.data) + row * call.student.row_stride;
-    const auto teacher_at = [&](int64_t i) {
-      if constexpr (SameTeacher)
-        return A(
-            number((static_cast<const S*>(call.teacher.data) + row * call.teacher.row_stride)[i]));
-      else
-        return element<A>(call.teacher, row, i);
-    };
-
-    KdStatistics<A> own = kd_empty(A(0));
-    A student_max = A(-INFINITY), teacher_max = A(-INFINITY);
-    for (int64_t i = lane; i < classes; i += Width) {
-      student_max = maximum(student_max, A(number(student[i])));
-      if (teacher) teacher_max = maximum(teacher_max, teacher_at(i));
-    }
-    own.student_max = student_max == A(-INFINITY) ? A(0) : student_max;
-    own.teacher_max = teacher_max == A(-INFINITY) ? A(0) : teacher_max;
-    for (int64_t i = lane; i < classes; i += Width) {
-      const A x = A(number(student[i])) - own.student_max;
-      const A e = exponential(x * inverse_temperature);
-      own.student_sum += e;
-      own.label_sum += !labelled ? A(0) : same ? e : exponential(x);
-      own.count += A(1);
-      if (teacher) {
-        const A y = teacher_at(i) - own.teacher_max;
-        const A p = exponential(y * inverse_temperature);
-        own.teacher_sum += p;
-        own.gap += kd_gap_term(p, y, x);
-      }
-      if (smoothing) own.logit_sum += x;
-      if (dense) {
-        const A share = element<A>(call.soft, row, i);
-        own.soft_mass += share;
-        own.soft_dot += select(share, share * x, A(0));
-      }
-    }
-    const KdStatistics<A> all = reduce<A, Width>(own, inverse_temperature);
-    if (label.first >= 0 && label.first_share != 0)
-      w.label_dot += A(label.first_share) * (A(number(student[label.first])) - all.student_max);
-    if (label.second >= 0 && label.second_share != 0)
-      w.label_dot += A(label.second_share) * (A(number(student[label.second])) - all.student_max);
-    const KdCoefficients<A> c = kd_finish(all, w, inverse_temperature, A(call.label_smoothing),
-                                          A(1.0 / double(classes)), A(call.threshold), dense);
-    if (lane == 0) *loss = c.loss;
-    if (!gradient) continue;
-    for (int64_t i = lane; i < classes; i += Width) {
-      const A x = A(number(student[i])) - all.student_max;
-      const A e = exponential(x * inverse_temperature);
-      const A own_exp = !labelled ? A(0) : same ? e : exponential(x);
-      const A p =
-          teacher ? exponential((teacher_at(i) - all.teacher_max) * inverse_temperature) : A(0);
-      A g = kd_gradient(c, e, own_exp, p);
-      if (dense) {
-        g -= c.hard * element<A>(call.soft, row, i);
-      } else if (labelled) {
-        if (i == label.first) g -= c.hard * A(label.first_share);
-        if (i == label.second) g -= c.hard * A(label.second_share);
-      }
-      put(gradient + i, g);
-    }
-  }
-}
-
+#include "chunks.cuh"
+#include "exponential.cuh"
+#include "kd_call.cuh"
+#include "kd_rows.cuh"
 #include "divergence.cuh"
 #include "kd_topk.cuh"
+// clang-format on
 
 // ---- the backward pass: out = gradient * factor * upstream; returns at once where that is 1 and
-// in place. The comparison is the device's.
+// in place. The comparison is the device's. With one upstream for all, the matrix is one row.
 template <class S, class A>
-__global__ void kd_loss_backward_kernel(const S* gradient, S* out, const A* factor,
-                                        const A* upstream, bool by_row, int64_t rows,
-                                        int64_t classes) {
-  if (!by_row && out == gradient && *factor * *upstream == A(1)) return;
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * classes; i += step)
-    put(out + i, A(number(gradient[i])) * (*factor * (by_row ? upstream[i / classes] : *upstream)));
+__global__ void __launch_bounds__(kThreads)
+    kd_loss_backward_kernel(const S* gradient, S* out, const A* factor, const A* upstream,
+                            int64_t rows, int64_t classes) {
+  constexpr int n = kChunk<S>;
+  const bool one = rows == 1;
+  if (one && out == gradient && *factor * *upstream == A(1)) return;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    const A by = *factor * upstream[row];
+    const S* const from = gradient + row * classes;
+    S* const to = out + row * classes;
+    const int shift = shift_of(from);
+    const bool aligned = shift_of(to) == shift;
+    const int64_t chunks = (classes + shift + n - 1) / n;
+    for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < chunks;
+         c += int64_t(gridDim.x) * kThreads) {
+      const int64_t i = c * n - shift;
+      const Chunk<S> chunk = unpacked<S>(load_chunk(from, i, classes, true));
+      A g[n];
+#pragma unroll
+      for (int k = 0; k < n; ++k) g[k] = A(number(chunk.values[k])) * by;
+      store_chunk(to, i, classes, aligned, g);
+    }
+  }
 }
 
 // ---- launchers
-template <class S, class A, int Width>
-void launch(const Call& call, cudaStream_t stream) {
+constexpr int kBlocksAProcessor = 8;
+
+unsigned blocks_of(int64_t wanted, const Device& device) {
+  return unsigned(std::clamp<int64_t>(
+      wanted, 1, std::min(device.multiprocessors * kBlocksAProcessor, kMostBlocks)));
+}
+
+template <class S, class A, int Width, int Chunks, bool SameTeacher>
+void launch_rows(const Call& call, const Device& device, cudaStream_t stream) {
   constexpr int rows_a_block = kThreads / Width;
-  const int64_t blocks = std::min<int64_t>((call.rows + rows_a_block - 1) / rows_a_block, 1 << 20);
-  if (call.teacher.dtype == call.student.dtype)
-    kd_loss_kernel<S, A, Width, true><<<unsigned(blocks), kThreads, 0, stream>>>(call);
-  else
-    kd_loss_kernel<S, A, Width, false><<<unsigned(blocks), kThreads, 0, stream>>>(call);
-  check_launch("kd_loss");
+  launch_kernel("kd_loss", kd_rows_kernel<S, A, Width, Chunks, SameTeacher>,
+                {blocks_of((call.rows + rows_a_block - 1) / rows_a_block, device), kThreads},
+                stream, call);
+}
+
+// A row that registers do not hold. A block keeps up to kKeptBytes, so that several share a
+// multiprocessor and one loads while another computes; with clusters of the most blocks it keeps
+// what a block can. Rows that are not kept are few enough at a time for half the L2, as long as
+// every multiprocessor has one.
+template <class S, class A, bool SameTeacher>
+void launch_split(Call call, const Device& device, cudaStream_t stream) {
+  constexpr int64_t kKeptBytes = int64_t(56) << 10;
+  constexpr int kMostClusterBlocks = 8;  // that every GPU with clusters has
+  constexpr int n = kChunk<S>;
+  constexpr int64_t chunk_bytes = SameTeacher ? 32 : 16;
+  const int64_t chunks = (call.classes + 2 * n - 2) / n;
+  int64_t blocks = 1;
+  const auto bytes = [&] {
+    return (chunks + blocks - 1) / blocks * chunk_bytes + int64_t(kExchangeBytes);
+  };
+  while (device.clusters && blocks < kMostClusterBlocks && bytes() > kKeptBytes) blocks *= 2;
+  const bool kept = bytes() <= (device.clusters ? device.shared_bytes : kKeptBytes);
+  int64_t together = device.multiprocessors * int64_t(kBlocksAProcessor);
+  if (kept) {
+    call.row_chunks = int((chunks + blocks - 1) / blocks);
+    together = device.multiprocessors * std::clamp<int64_t>(device.shared_bytes / bytes(), 1, 8);
+  } else {
+    together = std::clamp<int64_t>(device.l2_bytes / 2 / (chunks * 32) * blocks,
+                                   device.multiprocessors, together);
+  }
+  together = std::min<int64_t>(together, kMostBlocks);
+  const int64_t clusters =
+      std::clamp<int64_t>(together / blocks, 1, std::max<int64_t>(call.rows, 1));
+  launch_kernel("kd_loss", kd_split_kernel<S, A, SameTeacher>,
+                {unsigned(clusters * blocks), kThreads, size_t(kept ? bytes() : kExchangeBytes),
+                 unsigned(blocks)},
+                stream, call);
 }
 
 template <class S, class A>
-void launch_divergence(const Call& call, cudaStream_t stream) {
-  const unsigned blocks = unsigned(std::min<int64_t>(call.rows, 1 << 20));
+void launch_kl(const Call& call, const Device& device, cudaStream_t stream) {
+  constexpr int n = kChunk<S>;
+  // Of a row that begins where it costs most.
+  const int64_t chunks = (call.classes + 2 * n - 2) / n;
+  const bool same = !call.teacher.data || call.teacher.dtype == call.student.dtype;
+  if constexpr (sizeof(A) == 8) {
+    // Few kernels: float64 is for checks, and its exponential takes long to compile.
+    if (same && chunks <= 32) return launch_rows<S, A, 32, 1, true>(call, device, stream);
+  } else if (!same) {
+    if (chunks <= 128) return launch_rows<S, A, 32, 4, false>(call, device, stream);
+  } else {
+    if (chunks <= 4) return launch_rows<S, A, 4, 1, true>(call, device, stream);
+    if (chunks <= 8) return launch_rows<S, A, 8, 1, true>(call, device, stream);
+    if (chunks <= 32) return launch_rows<S, A, 32, 1, true>(call, device, stream);
+    if (chunks <= 128) return launch_rows<S, A, 32, 4, true>(call, device, stream);
+    if (chunks <= 256) return launch_rows<S, A, 32, 8, true>(call, device, stream);
+    if (chunks <= 1024) return launch_rows<S, A, kThreads, 4, true>(call, device, stream);
+  }
+  if (!same) return launch_split<S, A, false>(call, device, stream);
+  launch_split<S, A, true>(call, device, stream);
+}
+
+template <class S, class A>
+void launch_divergence(const Call& call, unsigned blocks, cudaStream_t stream) {
+  const auto with = [&](auto kernel) {
+    launch_kernel("kd_loss", kernel, {blocks, kThreads}, stream, call);
+  };
   switch (call.divergence) {
     case kReverseKl:
-      divergence_kernel<S, A, kReverseKl><<<blocks, kThreads, 0, stream>>>(call);
-      break;
+      return with(divergence_kernel<S, A, kReverseKl>);
     case kJsd:
-      divergence_kernel<S, A, kJsd><<<blocks, kThreads, 0, stream>>>(call);
-      break;
+      return with(divergence_kernel<S, A, kJsd>);
     case kSkewKl:
-      divergence_kernel<S, A, kSkewKl><<<blocks, kThreads, 0, stream>>>(call);
-      break;
+      return with(divergence_kernel<S, A, kSkewKl>);
     case kDkd:
-      divergence_kernel<S, A, kDkd><<<blocks, kThreads, 0, stream>>>(call);
-      break;
+      return with(divergence_kernel<S, A, kDkd>);
     default:
-      divergence_kernel<S, A, kLogitStandard><<<blocks, kThreads, 0, stream>>>(call);
+      return with(divergence_kernel<S, A, kLogitStandard>);
   }
-  check_launch("kd_loss");
 }
 
 template <class S, class A>
-void run(const Call& call, bool sum, void* factor, void* loss, cudaStream_t stream) {
-  kd_factors_kernel<A>
-      <<<1, kSumThreads, 0, stream>>>(call, sizeof(S) == 2, static_cast<A*>(factor));
-  check_launch("kd_loss");
-  if (call.rows > 0) {
-    if (call.named_count != 0)
-      launch_topk<S, A>(call, stream);
-    else if (call.divergence != kKl && call.teacher.data)
-      launch_divergence<S, A>(call, stream);
-    else if (call.classes <= 1024)
-      launch<S, A, 32>(call, stream);
-    else
-      launch<S, A, kThreads>(call, stream);
-  }
-  if (!sum) return;
-  kd_loss_sum_kernel<A><<<1, kSumThreads, 0, stream>>>(static_cast<const A*>(call.losses),
-                                                       call.rows, static_cast<A*>(loss));
-  check_launch("kd_loss");
+void run(const Call& call, const Device& device, cudaStream_t stream) {
+  if (call.pieces != 0 || call.reduction != kReductionNone)
+    launch_kernel("kd_loss", kd_prepare_kernel, {unsigned(std::max(call.pieces, 1)), kThreads},
+                  stream, call);
+  const unsigned blocks = blocks_of(call.rows, device);
+  if (call.named_count != 0)
+    launch_topk<S, A>(call, blocks, stream);
+  else if (call.divergence != kKl && call.teacher.data)
+    launch_divergence<S, A>(call, blocks, stream);
+  else
+    launch_kl<S, A>(call, device, stream);
 }
+
+constexpr int64_t kMostClasses = INT32_MAX - 64;
 
 using Result = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -389,28 +219,31 @@ Result run_call(Call& call, const Tensor& student, const Made& made) {
   const bool fresh = made.with_gradient && !made.into;
   Tensor gradient = empty_of(student, fresh ? call.rows : 0, call.classes);
   if (made.with_gradient) call.gradient = (fresh ? gradient : *made.into).mutable_data_ptr();
-  Tensor losses = empty_of(student, call.rows, -1, loss_type);
-  call.losses = losses.mutable_data_ptr();
-  Tensor factor = empty_of(student, -1, -1, loss_type);
-  Tensor workspace = empty_of(student, sizeof(KdFactors) / sizeof(double), -1, ScalarType::Double);
-  call.factors = static_cast<KdFactors*>(workspace.mutable_data_ptr());
   const bool sum = call.reduction != kReductionNone;
-  Tensor loss = sum ? empty_of(student, -1, -1, loss_type) : losses;
-  void* const factor_at = factor.mutable_data_ptr();
-  void* const loss_at = loss.mutable_data_ptr();
+  Tensor loss = empty_of(student, sum ? -1 : call.rows, -1, loss_type);
+  Tensor factor = empty_of(student, -1, -1, loss_type);
+  call.losses = loss.mutable_data_ptr();
+  call.factor = factor.mutable_data_ptr();
+  // The weights of all rows, and of those with a label, are known where there is neither.
+  if (call.reduction == kReductionMean && (call.weight || call.target) && call.rows > 0)
+    call.pieces = int(std::min<int64_t>((call.rows + kRowsAPiece - 1) / kRowsAPiece, kMostPieces));
+  const Tensor workspace =
+      empty_of(student, sizeof(Workspace) / sizeof(double), -1, ScalarType::Double);
+  call.workspace = static_cast<Workspace*>(workspace.mutable_data_ptr());
+  const Device device = device_of(student);
   const cudaStream_t stream = stream_of(student);
   switch (call.student.dtype) {
     case Dtype::float32:
-      run<float, float>(call, sum, factor_at, loss_at, stream);
+      run<float, float>(call, device, stream);
       break;
     case Dtype::float64:
-      run<double, double>(call, sum, factor_at, loss_at, stream);
+      run<double, double>(call, device, stream);
       break;
     case Dtype::bfloat16:
-      run<__nv_bfloat16, float>(call, sum, factor_at, loss_at, stream);
+      run<__nv_bfloat16, float>(call, device, stream);
       break;
     default:
-      run<__half, float>(call, sum, factor_at, loss_at, stream);
+      run<__half, float>(call, device, stream);
   }
   return {loss, gradient, factor};
 }
@@ -424,7 +257,8 @@ Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
   check_made(student, {teacher, kNone, kNone}, made);
   check_kd_arguments(student, teacher, labels.target, labels.partner, labels.share, labels.weight,
                      labels.class_weight, divergence);
-  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  check(student.size(1) <= kMostClasses, "kd_loss", "fewer than 2**31 - 64 classes on a GPU");
+  const DeviceGuard guard(student.get_device());
   Call call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
   call.divergence = divergence;
   call.first = first;
@@ -484,12 +318,13 @@ Result topk_loss(const Tensor& student, const TopKArguments& teacher, const Labe
   check_made(student, {kNone, log_probs, teacher.second_log_probs}, made);
   check_kd_arguments(student, {}, labels.target, labels.partner, labels.share, labels.weight,
                      labels.class_weight, kKl);
+  check(student.size(1) <= kMostClasses, "kd_loss_topk", "fewer than 2**31 - 64 classes on a GPU");
   check_topk_teacher(student, teacher.indices, teacher.log_probs, teacher.log_tail);
   check_topk_mixture(student, teacher.second_indices, teacher.second_log_probs,
                      teacher.second_log_tail, teacher.mix, tail_policy);
   check(tail_policy != kTailBucket || student.size(1) <= kMostMarked, "kd_loss_topk",
         "at most 327680 classes for the tail policy tail on a GPU");
-  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  const DeviceGuard guard(student.get_device());
   Call call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
   call.tail_policy = int(tail_policy);
   call.named[0] = topk_of(teacher.indices, teacher.log_probs, teacher.log_tail);
@@ -546,16 +381,23 @@ Result kd_loss_topk_out(Tensor student, Tensor indices, Tensor log_probs, Tensor
 template <class S, class A>
 void scale(const void* gradient, void* out, const void* factor, const Tensor& upstream,
            int64_t rows, int64_t classes, cudaStream_t stream) {
-  const int64_t blocks = std::min<int64_t>((rows * classes + 1023) / 1024, 1 << 16);
-  kd_loss_backward_kernel<S, A><<<unsigned(blocks), 256, 0, stream>>>(
-      static_cast<const S*>(gradient), static_cast<S*>(out), static_cast<const A*>(factor),
-      static_cast<const A*>(upstream.const_data_ptr()), upstream.dim() == 1, rows, classes);
-  check_launch("kd_loss");
+  constexpr int64_t kMostAcross = 1 << 16, kMostDown = 65535;
+  if (upstream.dim() == 0) {
+    classes *= rows;
+    rows = 1;
+  }
+  const int64_t across = (classes / kChunk<S> + kThreads) / kThreads;
+  launch_kernel("kd_loss", kd_loss_backward_kernel<S, A>,
+                {dim3(unsigned(std::min(across, kMostAcross)), unsigned(std::min(rows, kMostDown))),
+                 kThreads},
+                stream, static_cast<const S*>(gradient), static_cast<S*>(out),
+                static_cast<const A*>(factor), static_cast<const A*>(upstream.const_data_ptr()),
+                rows, classes);
 }
 
 void scale(const Tensor& gradient, const Tensor& factor, const Tensor& upstream, void* out) {
   check_kd_backward_arguments(gradient, factor, upstream);
-  const torch::stable::accelerator::DeviceGuard guard(gradient.get_device());
+  const DeviceGuard guard(gradient.get_device());
   const int64_t rows = gradient.size(0), classes = gradient.size(1);
   if (rows * classes == 0) return;
   const void* in = gradient.const_data_ptr();
@@ -586,7 +428,7 @@ void kd_loss_backward_in_place(Tensor gradient, Tensor factor, Tensor upstream) 
 }  // namespace
 }  // namespace fastscarce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("kd_loss", TORCH_BOX(&fastscarce::cuda::kd_loss));
   m.impl("kd_loss_topk", TORCH_BOX(&fastscarce::cuda::kd_loss_topk));
   m.impl("kd_loss_out", TORCH_BOX(&fastscarce::cuda::kd_loss_out));

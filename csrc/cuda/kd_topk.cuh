@@ -59,8 +59,8 @@ __device__ inline bool view_teacher(const Call& call, int which, int64_t row, A 
 template <class S, class A, int Policy>
 __global__ void __launch_bounds__(kThreads) topk_teacher_kernel(const Call call) {
   constexpr bool bucket = Policy == kTailBucket, support = Policy == kTailSupport;
-  extern __shared__ uint32_t named_bits[];
-  const KdFactors factors = *call.factors;
+  uint32_t* const named_bits = dynamic_shared<uint32_t>();
+  const KdFactors factors = factors_of<S, A>(call);
   const bool labelled = factors.ce_loss != 0;
   const bool dense = labelled && call.soft.data;
   const bool smoothing = labelled && call.label_smoothing != 0;
@@ -68,25 +68,19 @@ __global__ void __launch_bounds__(kThreads) topk_teacher_kernel(const Call call)
   const int lane = int(threadIdx.x);
   const A rate = A(1.0 / call.temperature);
   const int teachers = call.mix ? 2 : 1;
+  double own_loss = 0;
   for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
-    const Label label = label_of(call, row);
-    const double weight = call.weight ? double(call.weight[row]) : 1.0;
-    KdWeights<A> w = {A(weight * factors.kd_loss),
-                      A(weight * factors.ce_loss),
-                      A(weight * factors.kd_gradient),
-                      A(weight * factors.ce_gradient),
-                      A(label.first_share + label.second_share),
-                      A(0)};
+    const Worth<A> worth = worth_of<A>(call, factors, row, dense);
+    const Label& label = worth.label;
+    KdWeights<A> w = worth.w;
     S* const gradient = call.gradient ? static_cast<S*>(call.gradient) + row * classes : nullptr;
-    A* const loss = static_cast<A*>(call.losses) + row;
-    const bool counts = w.kd_loss != 0 || (w.ce_loss != 0 && (dense || w.label_mass != 0));
     bool outside = label.outside;
     TeacherView<A> view[2];
-    if (!outside && counts)
+    if (!outside && worth.counts)
       for (int t = 0; t < teachers && !outside; ++t)
         outside = !view_teacher(call, t, row, rate, view[t]);
-    if (outside || !counts) {
-      if (lane == 0) *loss = outside ? A(NAN) : A(0);
+    if (outside || !worth.counts) {
+      if (lane == 0) add_loss(call, row, outside ? A(NAN) : A(0), own_loss);
       if (gradient)
         for (int64_t i = lane; i < classes; i += kThreads) put(gradient + i, A(0));
       continue;
@@ -193,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) topk_teacher_kernel(const Call call)
     label_only.kd_loss = label_only.kd_gradient = A(0);
     const KdCoefficients<A> c = kd_finish(ce, label_only, A(1), A(call.label_smoothing),
                                           A(1.0 / double(classes)), A(0), dense);
-    if (lane == 0) *loss = c.loss + (taught ? w.kd_loss * term.loss : A(0));
+    if (lane == 0) add_loss(call, row, c.loss + (taught ? w.kd_loss * term.loss : A(0)), own_loss);
     if (gradient) {
       const A by = w.kd_gradient;
       const bool pulls = taught && term.chosen != A(0);
@@ -234,27 +228,29 @@ __global__ void __launch_bounds__(kThreads) topk_teacher_kernel(const Call call)
     }
     __syncthreads();  // the next row's marks
   }
+  finish_losses<A>(call, own_loss);
 }
 
 // Shared memory for a bit a class; kMostMarked classes at most.
 constexpr int64_t kMostMarked = int64_t(40) * 1024 * 8;
 
 template <class S, class A>
-void launch_topk(const Call& call, cudaStream_t stream) {
-  const unsigned blocks = unsigned(std::min<int64_t>(call.rows, 1 << 20));
+void launch_topk(const Call& call, unsigned blocks, cudaStream_t stream) {
   switch (call.tail_policy) {
     case kTailRenorm:
-      topk_teacher_kernel<S, A, kTailRenorm><<<blocks, kThreads, 0, stream>>>(call);
+      launch_kernel("kd_loss_topk", topk_teacher_kernel<S, A, kTailRenorm>, {blocks, kThreads},
+                    stream, call);
       break;
     case kTailBucket:
-      topk_teacher_kernel<S, A, kTailBucket>
-          <<<blocks, kThreads, size_t((call.classes + 31) / 32) * 4, stream>>>(call);
+      launch_kernel("kd_loss_topk", topk_teacher_kernel<S, A, kTailBucket>,
+                    {blocks, kThreads, size_t((call.classes + 31) / 32) * 4}, stream, call);
       break;
     case kTailSupport:
-      topk_teacher_kernel<S, A, kTailSupport><<<blocks, kThreads, 0, stream>>>(call);
+      launch_kernel("kd_loss_topk", topk_teacher_kernel<S, A, kTailSupport>, {blocks, kThreads},
+                    stream, call);
       break;
     default:
-      topk_teacher_kernel<S, A, kTailUniform><<<blocks, kThreads, 0, stream>>>(call);
+      launch_kernel("kd_loss_topk", topk_teacher_kernel<S, A, kTailUniform>, {blocks, kThreads},
+                    stream, call);
   }
-  check_launch("kd_loss_topk");
 }

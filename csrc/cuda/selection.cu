@@ -7,12 +7,12 @@
 // order: the result is the same each time. The row is read again in each round: from L2, where
 // rows in flight fit.
 #include <math.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
 
+#include "device.cuh"
 #define FS_HD __host__ __device__
 #include "../selection_arguments.h"
 #include "tensors.cuh"
@@ -71,8 +71,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads) topk_kernel(const TopKCall call) {
   using Key = decltype(ordered(A(0)));
   constexpr int kRounds = int(sizeof(Key));
-  extern __shared__ unsigned char memory[];
-  Key* const keys = reinterpret_cast<Key*>(memory);
+  Key* const keys = dynamic_shared<Key>();
   int32_t* const places = reinterpret_cast<int32_t*>(keys + call.padded);
   __shared__ unsigned histogram[256];
   __shared__ int counts[kWarps];
@@ -261,7 +260,7 @@ unsigned blocks_of(int64_t rows) { return unsigned(std::min<int64_t>(rows, 1 << 
 std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   check_topk_arguments(logits, k);
   check(k <= kMostChosen, "topk", "k of at most 2048 on a GPU");
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
+  const DeviceGuard guard(logits.get_device());
   TopKCall call;
   call.rows = logits.size(0);
   call.classes = logits.size(1);
@@ -281,10 +280,11 @@ std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   const unsigned blocks = blocks_of(call.rows);
   const cudaStream_t stream = stream_of(logits);
   if (float64)
-    topk_kernel<double><<<blocks, kThreads, size_t(call.padded) * 12, stream>>>(call);
+    launch_kernel("topk", topk_kernel<double>, {blocks, kThreads, size_t(call.padded) * 12}, stream,
+                  call);
   else
-    topk_kernel<float><<<blocks, kThreads, size_t(call.padded) * 8, stream>>>(call);
-  check_launch("topk");
+    launch_kernel("topk", topk_kernel<float>, {blocks, kThreads, size_t(call.padded) * 8}, stream,
+                  call);
   return {indices, log_probs, log_tail};
 }
 
@@ -292,18 +292,19 @@ template <class A>
 void launch(const ConfidenceCall& call, cudaStream_t stream) {
   if (call.classes <= 1024) {
     const int64_t rows_a_block = kThreads / 32;
-    confidence_kernel<A, 32>
-        <<<blocks_of((call.rows + rows_a_block - 1) / rows_a_block), kThreads, 0, stream>>>(call);
+    launch_kernel("confidence", confidence_kernel<A, 32>,
+                  {blocks_of((call.rows + rows_a_block - 1) / rows_a_block), kThreads}, stream,
+                  call);
   } else {
-    confidence_kernel<A, kThreads><<<blocks_of(call.rows), kThreads, 0, stream>>>(call);
+    launch_kernel("confidence", confidence_kernel<A, kThreads>, {blocks_of(call.rows), kThreads},
+                  stream, call);
   }
-  check_launch("confidence");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, double threshold,
                                                               double temperature) {
   check_confidence_arguments(logits, temperature);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
+  const DeviceGuard guard(logits.get_device());
   ConfidenceCall call;
   call.rows = logits.size(0);
   call.classes = logits.size(1);
@@ -333,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
 }  // namespace
 }  // namespace fastscarce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("topk", TORCH_BOX(&fastscarce::cuda::topk));
   m.impl("confidence", TORCH_BOX(&fastscarce::cuda::confidence));
 }

@@ -5,15 +5,14 @@
 // the threads' sums are merged by a fixed tree, so the result is the same each time. Of TopK
 // teachers the k classes are read.
 #include <math.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "statistics.cuh"
-
+#include "device.cuh"
 #define FS_HD __host__ __device__
+#include "statistics.cuh"
 
 namespace fastscarce::cuda {
 
@@ -228,12 +227,11 @@ void launch(const StatisticsCall& call, cudaStream_t stream) {
     return unsigned(std::min<int64_t>((call.rows + rows_a_block - 1) / rows_a_block, 1 << 20));
   };
   if (call.classes <= kWarpClasses)
-    kd_statistics_kernel<S, A, 32>
-        <<<blocks(kStatisticsThreads / 32), kStatisticsThreads, 0, stream>>>(call);
+    launch_kernel("kd_statistics", kd_statistics_kernel<S, A, 32>,
+                  {blocks(kStatisticsThreads / 32), kStatisticsThreads}, stream, call);
   else
-    kd_statistics_kernel<S, A, kStatisticsThreads>
-        <<<blocks(1), kStatisticsThreads, 0, stream>>>(call);
-  check_launch("kd_statistics");
+    launch_kernel("kd_statistics", kd_statistics_kernel<S, A, kStatisticsThreads>,
+                  {blocks(1), kStatisticsThreads}, stream, call);
 }
 
 Record record_tensors(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
@@ -252,7 +250,7 @@ StatisticsResult kd_statistics(Tensor student, std::optional<Tensor> teacher,
   const RecordTensors records = {indices,          log_probs,       log_tail, second_indices,
                                  second_log_probs, second_log_tail, mix};
   check_statistics_arguments(student, teacher, records, tail_policy);
-  const torch::stable::accelerator::DeviceGuard guard(student.get_device());
+  const DeviceGuard guard(student.get_device());
   const StatisticsTensors made = empty_statistics(student, {teacher, log_probs, second_log_probs});
   launch_statistics(student, teacher, records, tail_policy, temperature, made);
   return statistics_result(student, made);
@@ -303,6 +301,6 @@ void launch_statistics(const Tensor& student, const std::optional<Tensor>& teach
 
 }  // namespace fastscarce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(fastscarce, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("kd_statistics", TORCH_BOX(&fastscarce::cuda::kd_statistics));
 }

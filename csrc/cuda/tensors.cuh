@@ -1,17 +1,12 @@
 // Tensors as the CUDA kernels take them.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "../checks.h"
+#include "device.cuh"
 
 namespace fastscarce::cuda {
 
@@ -76,18 +71,6 @@ inline Dtype dtype_of(const Tensor& tensor, const char* operation) {
 
 inline Matrix matrix_of(const Tensor& tensor, const char* operation) {
   return {tensor.const_data_ptr(), tensor.stride(0), dtype_of(tensor, operation)};
-}
-
-inline cudaStream_t stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-inline void check_launch(const char* operation) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(operation) + " on CUDA: " + cudaGetErrorString(error));
 }
 
 }  // namespace fastscarce::cuda

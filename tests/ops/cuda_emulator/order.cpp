@@ -1,0 +1,18 @@
+// torch.ops.fastscarce_emulated.set_order, of the emulator's threads and blocks; set_clusters.
+#include <torch/csrc/stable/library.h>
+
+#include "emulator.h"
+
+namespace {
+void set_order(int64_t seed) { emulator::set_order(unsigned(seed)); }
+void set_clusters(bool has) { emulator::set_clusters(has); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastscarce, m) {
+  m.def("set_order(int seed) -> ()");
+  m.def("set_clusters(bool has) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastscarce, CompositeExplicitAutograd, m) {
+  m.impl("set_order", TORCH_BOX(&set_order));
+  m.impl("set_clusters", TORCH_BOX(&set_clusters));
+}
