@@ -129,6 +129,9 @@ def prepare(run: Run, config: DataConfig) -> Task:
     images = load(
         config.data,
         unlabelled=config.unlabelled,
+        image_key=config.image_key,
+        label_key=config.label_key,
+        id_key=config.id_key,
         image_size=config.image_size,
         flip={"auto": None, "yes": True, "no": False}[config.flip],
         on_error=config.on_error,
