@@ -40,6 +40,9 @@ class DataConfig:
         id_key: The same for ids, of tables and arrays. `null` makes ids of paths or positions.
         labels_per_class: Labels to use of each class, drawn from the seed; the other labels are
             hidden. `null` uses every label.
+        labels_file: CSV or Parquet of the images whose labels may be used (`id` or `name`, and
+            `label`); `labels_per_class` is not asked then. A run's `split.csv` gives the same split
+            again.
         holdout_per_class: Labelled images of each class that train nothing and judge the rounds.
             `null` takes a fifth where a class has at least 20 labels, and otherwise none.
         test_fraction: Part of each class kept for the test, where the data has no test split.
@@ -54,6 +57,7 @@ class DataConfig:
     label_key: str | None = None
     id_key: str | None = None
     labels_per_class: int | None = 4
+    labels_file: str | None = None
     holdout_per_class: int | None = None
     test_fraction: float = 1 / 3
     image_size: int | None = None

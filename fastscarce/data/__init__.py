@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from fastscarce.data.decode import Header, decode, decode_whole, inspect, mended
 from fastscarce.data.images import ImageSet
+from fastscarce.data.labels import relabel, write_split
 from fastscarce.data.load import load_images
 from fastscarce.data.source import Failure, Reader, Source
 from fastscarce.data.sources import load, open_source
-from fastscarce.data.splitting import Split, split
+from fastscarce.data.splitting import Given, Split, split
 from fastscarce.data.stream import Stream, StreamBatch
 
 __all__ = [
     "Failure",
+    "Given",
     "Header",
     "ImageSet",
     "Reader",
@@ -26,5 +28,7 @@ __all__ = [
     "load_images",
     "mended",
     "open_source",
+    "relabel",
     "split",
+    "write_split",
 ]

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from fastscarce.data.classes import name_numbers, number_names, read_names
 from fastscarce.data.folder import FileReader
@@ -23,6 +21,16 @@ from fastscarce.data.index import Arrays, Index, keep, place_of
 from fastscarce.data.paths import expand, mark_test
 from fastscarce.data.ranges import RangeReader
 from fastscarce.data.source import UNLABELLED, Names, Source, identify
+from fastscarce.data.tabular import (
+    PARQUET,
+    TEXT,
+    first_of,
+    line_of,
+    need,
+    open_parquet,
+    read_columns,
+    schema_of,
+)
 from fastscarce.errors import DataError, ResultsError
 from fastscarce.files import write_whole
 
@@ -32,8 +40,6 @@ IMAGE_COLUMNS = ("image", "img", "path", "file_name", "filename", "file", "image
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category")
 SPLIT_COLUMN = "split"
 
-_PARQUET = (".parquet", ".pq")
-_TEXT = (".csv", ".tsv")
 _ROWS = 256  # of images, held at a time while they are unpacked
 
 
@@ -74,7 +80,7 @@ def open_table(
     Raises:
         DataError: A file or a column is missing or unreadable, or a value makes no sense.
     """
-    files = expand(pattern, (*_PARQUET, *_TEXT))
+    files = expand(pattern, (*PARQUET, *TEXT))
     key = "\n".join(["table", *map(os.path.abspath, files), repr((image_key, label_key, id_key))])
     index = keep(key, lambda: _index(files, key, image_key, label_key, id_key))
     arrays, facts = index.arrays, index.facts
@@ -110,7 +116,7 @@ def _name(pattern: str, files: Sequence[str]) -> str:
 def _index(
     files: Sequence[str], key: str, image_key: str | None, label_key: str | None, id_key: str | None
 ) -> Index:
-    first = _schema(files[0])
+    first = schema_of(files[0])
     columns = _choose(files[0], first, image_key, label_key, id_key)
     kind = first.field(columns.image).type
     wanted = [name for name in (columns.label, columns.id, columns.split) if name]
@@ -120,7 +126,7 @@ def _index(
             f"{files[0]} needs paths or encoded images in the column {columns.image!r}, got {kind};"
             " name the right one by image_key."
         )
-    tables = [_read(path, wanted if encoded else [columns.image, *wanted]) for path in files]
+    tables = [read_columns(path, wanted if encoded else [columns.image, *wanted]) for path in files]
     counts = [table.num_rows for table in tables]
     labels, classes = _labels(files, tables, columns)
     arrays: Arrays = {}
@@ -147,66 +153,6 @@ def _index(
     return Index(arrays, {"classes": list(classes)}, list(files), made)
 
 
-def _schema(path: str) -> pa.Schema:
-    if path.lower().endswith(_PARQUET):
-        with _parquet(path) as file:
-            return file.schema_arrow
-    return _text(path).schema
-
-
-def _parquet(path: str) -> pa.parquet.ParquetFile:
-    try:
-        return pa.parquet.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no Parquet table that can be read: {_line(error)}.") from error
-
-
-def _text(path: str) -> pa.Table:
-    delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    try:
-        # Read twice: a label 007 is a word, and no column's type may depend on its first rows.
-        with pa.csv.open_csv(
-            path, parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        ) as file:
-            names = file.schema.names
-        return pa.csv.read_csv(
-            path,
-            parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-            ),
-        )
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no table that can be read: {_line(error)}.") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _read(path: str, columns: Sequence[str]) -> pa.Table:
-    if not path.lower().endswith(_PARQUET):
-        table = _text(path)
-        _need(path, table.schema, columns)
-        return table.select(list(dict.fromkeys(columns)))
-    with _parquet(path) as file:
-        _need(path, file.schema_arrow, columns)
-        if not columns:
-            return pa.table({"": pa.nulls(file.metadata.num_rows)})
-        try:
-            return file.read(columns=list(dict.fromkeys(columns)))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path} can't be read: {_line(error)}.") from error
-
-
-def _need(path: str, schema: pa.Schema, columns: Sequence[str]) -> None:
-    for name in columns:
-        if name not in schema.names:
-            raise DataError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}.")
-        if schema.names.count(name) > 1:
-            raise DataError(f"{path} has two columns {name!r}; rename one.")
-
-
 def _choose(
     path: str,
     schema: pa.Schema,
@@ -214,19 +160,21 @@ def _choose(
     label_key: str | None,
     id_key: str | None,
 ) -> _Columns:
-    _need(path, schema, [key for key in (image_key, label_key, id_key) if key is not None])
+    need(path, schema, [key for key in (image_key, label_key, id_key) if key is not None])
 
-    def first(names: Sequence[str]) -> str | None:
-        return next((name for name in names if name in schema.names), None)
-
-    image = image_key or first(IMAGE_COLUMNS)
+    image = image_key or first_of(schema, IMAGE_COLUMNS)
     if image is None:
         raise DataError(
             f"{path} needs a column of paths or images ({', '.join(IMAGE_COLUMNS)}), got"
             f" {', '.join(schema.names)}; name it by image_key."
         )
-    columns = _Columns(image, label_key or first(LABEL_COLUMNS), id_key, first((SPLIT_COLUMN,)))
-    _need(path, schema, [name for name in (image, columns.label, columns.split) if name])
+    columns = _Columns(
+        image,
+        label_key or first_of(schema, LABEL_COLUMNS),
+        id_key,
+        first_of(schema, [SPLIT_COLUMN]),
+    )
+    need(path, schema, [name for name in (image, columns.label, columns.split) if name])
     return columns
 
 
@@ -394,14 +342,14 @@ def _unpack(
 
 def _images(files: Sequence[str], column: str) -> Iterator[tuple[bytes, str | None]]:
     for path in files:
-        with _parquet(path) as file:
-            _need(path, file.schema_arrow, [column])
+        with open_parquet(path) as file:
+            need(path, file.schema_arrow, [column])
             batches = file.iter_batches(_ROWS, columns=[column])
             while True:
                 try:
                     batch = next(batches, None)
                 except (OSError, pa.ArrowException) as error:
-                    raise DataError(f"{path} can't be read: {_line(error)}.") from error
+                    raise DataError(f"{path} can't be read: {line_of(error)}.") from error
                 if batch is None:
                     break
                 for value in batch.column(0).to_pylist():
