@@ -6,6 +6,7 @@ from fastscarce.data.decode import Header, decode, decode_whole, inspect, mended
 from fastscarce.data.images import ImageSet
 from fastscarce.data.labels import relabel, write_split
 from fastscarce.data.load import load_images
+from fastscarce.data.quarantine import write_quarantine
 from fastscarce.data.source import Failure, Reader, Source
 from fastscarce.data.sources import load, open_source
 from fastscarce.data.splitting import Given, Split, split
@@ -30,5 +31,6 @@ __all__ = [
     "open_source",
     "relabel",
     "split",
+    "write_quarantine",
     "write_split",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from fastscarce.augment.philox import keyed_order
 from fastscarce.data.decode import Header, decode, inspect
 from fastscarce.data.images import ImageSet, check_memory
 from fastscarce.data.source import Failure, Source
@@ -14,7 +15,9 @@ from fastscarce.errors import DataError
 
 __all__ = ["LARGEST_DEFAULT_SIZE", "ON_ERROR", "load_images"]
 
-ON_ERROR = ("raise", "skip")
+ON_ERROR = ("raise", "skip", "replace")
+
+_DRAW = 0x57A4D1  # the counter's word that sets these draws apart from a view's
 LARGEST_DEFAULT_SIZE = 224
 
 
@@ -28,13 +31,17 @@ def load_images(
         image_size: Height and width in pixels of encoded images, whose shorter side is resized to
             it and whose centre is cropped. By default the images' own where all are square, of one
             size and at most 224; else the largest shorter side, at most 224. Arrays keep theirs.
-        on_error: ``raise`` or ``skip``: what to do about a sample that can't be read or decoded.
+        on_error: What to do about a sample that can't be read or decoded. ``raise``; ``skip``
+            leaves it out; ``replace`` gives it the pixels of another one of its label, chosen by
+            its id, of the same split.
 
     Raises:
         DataError: A sample can't be decoded, a class has none left, or memory is too small.
     """
     if on_error not in ON_ERROR:
-        raise DataError(f"on_error must be {' or '.join(ON_ERROR)}, got {on_error!r}.")
+        raise DataError(
+            f"on_error must be {', '.join(ON_ERROR[:-1])} or {ON_ERROR[-1]}, got {on_error!r}."
+        )
     if image_size is not None and image_size < 1:
         raise DataError(f"The image size must be at least 1 pixel, got {image_size}.")
     if not source.encoded and image_size is not None:
@@ -42,37 +49,65 @@ def load_images(
             f"image_size is for encoded images, but {source.name} holds arrays; leave it out."
         )
     images, failures = _arrays(source) if source.shape else _decoded(source, image_size, on_error)
-    broken = {failure.id for failure in failures}
-    kept = np.array([number not in broken for number in source.ids.tolist()], dtype=bool)
-    labels, is_test = source.labels[kept], source.is_test[kept]
+    kept = np.ones(len(source), dtype=bool)
+    kept[list(failures)] = False
     for label, name in enumerate(source.classes):
-        if broken and not (labels[~is_test] == label).any():
+        if failures and not (kept & ~source.is_test & (source.labels == label)).any():
             raise DataError(f"Class {name} of {source.name} has no readable image; add some.")
+    if failures and on_error == "replace":
+        images, kept = _replaced(source, images, kept), np.ones(len(source), dtype=bool)
     names = source.names
     return ImageSet(
         name=source.name,
         images=images,
-        labels=labels,
+        labels=source.labels[kept],
         ids=source.ids[kept],
         paths=None if names is None else tuple(names[int(place)] for place in np.flatnonzero(kept)),
         classes=source.classes,
-        is_test=is_test,
+        is_test=source.is_test[kept],
         flip=source.flip,
-        failures=tuple(failures),
+        failures=tuple(failures[place] for place in sorted(failures)),
     )
 
 
-def _arrays(source: Source) -> tuple[npt.NDArray[np.uint8], list[Failure]]:
+def _replaced(
+    source: Source, images: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.uint8]:
+    """The images with others' pixels where one is broken.
+
+    Args:
+        source: All samples.
+        images: Of those that are kept, in the order of their positions.
+        kept: bool, one a sample.
+    """
+    row = np.cumsum(kept) - 1
+    result = np.empty((len(source), *images.shape[1:]), dtype=np.uint8)
+    result[kept] = images
+    for place in np.flatnonzero(~kept):
+        alike = kept & (source.labels == source.labels[place])
+        alike &= source.is_test == source.is_test[place]
+        others = np.flatnonzero(alike)
+        if others.size == 0:
+            raise DataError(
+                f"{source.name} has no readable image of its label that could stand in for"
+                f" {source.name_of(place)}; set on_error to skip."
+            )
+        order = keyed_order(int(source.ids[place]), source.ids[others], view=0, draw=_DRAW)
+        result[place] = images[row[others[order[0]]]]
+    return result
+
+
+def _arrays(source: Source) -> tuple[npt.NDArray[np.uint8], dict[int, Failure]]:
     assert source.shape is not None
     check_memory(source.name, (len(source), *source.shape))
     content = source.read(np.arange(len(source)))
     assert isinstance(content, np.ndarray)
-    return content, []
+    return content, {}
 
 
 def _decoded(
     source: Source, image_size: int | None, on_error: str
-) -> tuple[npt.NDArray[np.uint8], list[Failure]]:
+) -> tuple[npt.NDArray[np.uint8], dict[int, Failure]]:
     failures: dict[int, Failure] = {}
     headers: list[Header] = []
     for place, content in _contents(source, on_error, failures):
@@ -93,7 +128,7 @@ def _decoded(
             row += 1
         except DataError as error:
             _fail(source, place, str(error), on_error, failures)
-    return images[:row], [failures[place] for place in sorted(failures)]
+    return images[:row], failures
 
 
 def _contents(
@@ -115,6 +150,6 @@ def _fail(
     if on_error == "raise":
         raise DataError(
             f"{source.name}: {failure.name} can't be decoded ({failure.reason}); replace or remove"
-            " it, or set on_error to skip."
+            " it, or set on_error to skip or replace."
         )
     failures[place] = failure
