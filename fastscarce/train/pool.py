@@ -53,8 +53,14 @@ class Pool:
             seed=seed,
         )
 
-    def draw(self, positions: Positions, policy: str | Policy, view: int | Positions) -> Plan:
-        """What is done to some images: a function of (seed, id, view) and the policy."""
+    def draw(
+        self,
+        positions: Positions,
+        policy: str | Policy,
+        view: int | Positions,
+        partners: Positions | None = None,
+    ) -> Plan:
+        """What is done to some images: a function of (seed, id, view), the policy and partners."""
         chosen = get_policy(policy)
         if not self.flip:
             chosen = chosen.without("flip")
@@ -62,7 +68,14 @@ class Pool:
         if channels == 3:  # of grey scans the ground is black; a photograph has none
             chosen = replace(chosen, fill="reflect")
         ids = self.ids[positions]
-        return draw(chosen, ids, view=view, seed=self.seed, image_size=(height, width))
+        return draw(
+            chosen,
+            ids,
+            view=view,
+            seed=self.seed,
+            image_size=(height, width),
+            partners=partners,
+        )
 
     def carry_out(self, plan: Plan, positions: Positions, model: nn.Module) -> Tensor:
         """The planned views, normalised as ``model`` asks, float32 ``(rows, C, H, W)``."""
