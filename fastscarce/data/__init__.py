@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from fastscarce.data.decode import Header, decode, decode_whole, inspect, mended
 from fastscarce.data.images import ImageSet
+from fastscarce.data.load import load_images
 from fastscarce.data.order import partner_ids
 from fastscarce.data.sampler import Sampler, SamplerBatch
-from fastscarce.data.sources import load
+from fastscarce.data.source import Failure, Reader, Source
+from fastscarce.data.sources import load, open_source
 from fastscarce.data.splitting import Split, split
 from fastscarce.data.stream import Stream, StreamBatch
 
 __all__ = [
+    "Failure",
+    "Header",
     "ImageSet",
+    "Reader",
     "Sampler",
     "SamplerBatch",
+    "Source",
     "Split",
     "Stream",
     "StreamBatch",
+    "decode",
+    "decode_whole",
+    "inspect",
     "load",
+    "load_images",
+    "mended",
+    "open_source",
     "partner_ids",
     "split",
 ]

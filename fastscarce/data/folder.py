@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from fastscarce.data.decode import SUFFIXES, decode, look
-from fastscarce.data.images import UNLABELLED, ImageSet, check_memory
+from fastscarce.data.decode import SUFFIXES
+from fastscarce.data.source import UNLABELLED, Names, Positions, Source, identify
 from fastscarce.errors import DataError
 
-__all__ = ["load_folder"]
+__all__ = ["FileReader", "open_folder"]
 
 UNLABELLED_NAMES = ("unlabelled", "unlabeled")
 TEST_NAME = "test"
-LARGEST_DEFAULT_SIZE = 224
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads image files whole.
+
+    Attributes:
+        paths: Of the files.
+    """
+
+    paths: Names
+
+    def read(self, positions: Positions) -> list[bytes]:
+        """The files' contents.
+
+        Raises:
+            DataError: A file is gone or can't be read.
+        """
+        return [_read_file(self.paths[place]) for place in positions.tolist()]
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"it can't be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -30,74 +54,28 @@ class _File:
     test: bool
 
 
-def load_folder(
-    root: Path,
-    *,
-    unlabelled: Path | None = None,
-    image_size: int | None = None,
-    flip: bool | None = None,
-    on_error: str = "raise",
-) -> ImageSet:
-    """Load class sub-folders, and the reserved ``unlabelled`` (or ``unlabeled``) and ``test``.
+def open_folder(root: Path, *, unlabelled: Path | None = None, flip: bool | None = None) -> Source:
+    """Open class sub-folders, and the reserved ``unlabelled`` (or ``unlabeled``) and ``test``.
 
     Args:
         root: The folder. ``test/`` holds class sub-folders, ``unlabelled/`` images at any depth.
         unlabelled: Another folder of unlabelled images, at any depth.
-        image_size: Height and width in pixels. By default the images' own where all are square,
-            of one size and at most 224; else the largest shorter side, at most 224.
         flip: Whether a mirrored image keeps its label; by default yes.
-        on_error: ``raise`` or ``skip``: what to do about an image that can't be decoded.
 
     Raises:
-        DataError: A folder is missing or empty, an image can't be decoded, or memory is too small.
+        DataError: A folder is missing or empty.
     """
-    if on_error not in ("raise", "skip"):
-        raise DataError(f"on_error must be raise or skip, got {on_error!r}.")
-    if image_size is not None and image_size < 1:
-        raise DataError(f"The image size must be at least 1 pixel, got {image_size}.")
     classes, files = _list(root, unlabelled)
-    skipped: list[str] = []
-    good, looks = [], []
-    for file in files:
-        try:
-            looks.append(look(file.path))
-            good.append(file)
-        except DataError:
-            if on_error == "raise":
-                raise
-            skipped.append(file.key)
-    side = _side(looks) if image_size is None else image_size
-    grey = all(item[2] for item in looks)
-    check_memory(str(root), (len(good), side, side, 1 if grey else 3))
-    images = np.empty((len(good), side, side, 1 if grey else 3), dtype=np.uint8)
-    kept: list[_File] = []
-    for file in good:
-        try:
-            images[len(kept)] = decode(file.path, height=side, width=side, grey=grey)
-            kept.append(file)
-        except DataError:
-            if on_error == "raise":
-                raise
-            skipped.append(file.key)
-    labels = np.array([file.label for file in kept], dtype=np.int64)
-    is_test = np.array([file.test for file in kept], dtype=bool)
-    _need_every_class(root, classes, labels[~is_test])
-    return ImageSet(
+    return Source(
         name=root.resolve().name,
-        images=images[: len(kept)],
-        labels=labels,
-        ids=np.array([_identify(file.key) for file in kept], dtype=np.int64),
-        paths=tuple(file.key for file in kept),
+        reader=FileReader(Names(str(file.path) for file in files)),
+        ids=identify(file.key for file in files),
+        labels=np.array([file.label for file in files], dtype=np.int64),
         classes=classes,
-        is_test=is_test,
+        is_test=np.array([file.test for file in files], dtype=bool),
         flip=True if flip is None else flip,
-        skipped=tuple(skipped),
+        names=Names(file.key for file in files),
     )
-
-
-def _identify(key: str) -> int:
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _list(root: Path, unlabelled: Path | None) -> tuple[tuple[str, ...], list[_File]]:
@@ -177,13 +155,3 @@ def _some_images(folder: Path) -> list[Path]:
 
 def _key(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
-
-
-def _side(looks: list[tuple[int, int, bool]]) -> int:
-    return min(LARGEST_DEFAULT_SIZE, max((min(look[:2]) for look in looks), default=1))
-
-
-def _need_every_class(root: Path, classes: tuple[str, ...], labels: npt.NDArray[np.int64]) -> None:
-    for label, name in enumerate(classes):
-        if not (labels == label).any():
-            raise DataError(f"Class {name} of {root} has no readable image; add some.")

@@ -1,4 +1,4 @@
-"""Where images come from: a built-in set, a folder of images, idx files."""
+"""Sources by name: a built-in set, a folder of images, idx files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,44 @@ from pathlib import Path
 
 import numpy as np
 
-from fastscarce.data.folder import load_folder
-from fastscarce.data.idx import load_idx
+from fastscarce.data.arrays import ArrayReader
+from fastscarce.data.folder import open_folder
+from fastscarce.data.idx import open_idx
 from fastscarce.data.images import ImageSet
+from fastscarce.data.load import load_images
+from fastscarce.data.source import Source
 from fastscarce.errors import DataError
 
-__all__ = ["load"]
+__all__ = ["load", "open_source"]
+
+
+def open_source(spec: str, *, unlabelled: str | None = None, flip: bool | None = None) -> Source:
+    """Open a data set: find its samples, read none of them.
+
+    Args:
+        spec: ``digits`` (scikit-learn's 1,797 scans, 8x8), ``folder:PATH`` or ``idx:PATH``.
+        unlabelled: A folder of unlabelled images; for ``folder:`` alone.
+        flip: Whether a mirrored image keeps its label. None: yes for folders and Fashion-MNIST.
+
+    Raises:
+        DataError: The data set is unknown, missing or unreadable.
+    """
+    kind, colon, path = spec.partition(":")
+    if kind == "folder" and path:
+        return open_folder(
+            Path(path).expanduser(),
+            unlabelled=None if unlabelled is None else Path(unlabelled).expanduser(),
+            flip=flip,
+        )
+    if unlabelled is not None:
+        raise DataError(
+            f"unlabelled is for data of the form folder:PATH, got {spec!r}; leave it out."
+        )
+    if kind == "idx" and path:
+        return open_idx(Path(path).expanduser(), flip=flip)
+    if kind == "digits" and not colon:
+        return _digits(flip=flip)
+    raise DataError(f"The data must be digits, folder:PATH or idx:PATH, got {spec!r}.")
 
 
 def load(
@@ -22,52 +54,35 @@ def load(
     flip: bool | None = None,
     on_error: str = "raise",
 ) -> ImageSet:
-    """Load a data set into memory.
+    """Load a data set into memory: `open_source`, and every sample decoded.
 
     Args:
-        spec: ``digits`` (scikit-learn's 1,797 scans, 8x8), ``folder:PATH`` or ``idx:PATH``.
-        unlabelled: A folder of unlabelled images; for ``folder:`` alone.
-        image_size: Height and width in pixels; for ``folder:`` alone.
-        flip: Whether a mirrored image keeps its label. None: yes for folders and Fashion-MNIST.
-        on_error: ``raise`` or ``skip``: what to do about an image file that can't be decoded.
+        spec: As for `open_source`.
+        unlabelled: As for `open_source`.
+        image_size: Height and width in pixels that encoded images are brought to.
+        flip: As for `open_source`.
+        on_error: ``raise`` or ``skip``: what to do about an image that can't be decoded.
 
     Raises:
         DataError: The data set is unknown, missing, unreadable or too large.
     """
-    kind, colon, path = spec.partition(":")
-    if kind == "folder" and path:
-        return load_folder(
-            Path(path).expanduser(),
-            unlabelled=None if unlabelled is None else Path(unlabelled).expanduser(),
-            image_size=image_size,
-            flip=flip,
-            on_error=on_error,
-        )
-    for name, value in (("unlabelled", unlabelled), ("image_size", image_size)):
-        if value is not None:
-            raise DataError(
-                f"{name} is for data of the form folder:PATH, got {spec!r}; leave it out."
-            )
-    if kind == "idx" and path:
-        return load_idx(Path(path).expanduser(), flip=flip)
-    if kind == "digits" and not colon:
-        return _digits(flip=flip)
-    raise DataError(f"The data must be digits, folder:PATH or idx:PATH, got {spec!r}.")
+    source = open_source(spec, unlabelled=unlabelled, flip=flip)
+    return load_images(source, image_size=image_size, on_error=on_error)
 
 
-def _digits(*, flip: bool | None) -> ImageSet:
+def _digits(*, flip: bool | None) -> Source:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     levels = np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8)
     rows = levels.shape[0]
-    return ImageSet(
+    return Source(
         name="digits",
-        images=levels[..., None],
-        labels=bunch.target.astype(np.int64),
+        reader=ArrayReader(levels[..., None]),
         ids=np.arange(rows, dtype=np.int64),
-        paths=None,
+        labels=bunch.target.astype(np.int64),
         classes=tuple(str(digit) for digit in range(10)),
         is_test=np.zeros(rows, dtype=bool),
         flip=bool(flip),
+        shape=(8, 8, 1),
     )

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastscarce.augment.philox import keyed_order
-from fastscarce.data.images import UNLABELLED, ImageSet
+from fastscarce.data.images import ImageSet
+from fastscarce.data.source import UNLABELLED
 from fastscarce.errors import DataError
 
 __all__ = ["Split", "split"]

@@ -147,7 +147,7 @@ def prepare(run: Run, config: DataConfig) -> Task:
         f"{len(parts.holdout)} held out, {len(parts.unlabelled)} unlabelled, "
         f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
     )
-    for path in images.skipped:
-        run.say(f"skipped {path}: it can't be read")
+    for failure in images.failures:
+        run.say(f"skipped {failure.name}: {failure.reason}")
     pool = Pool.of(images, seed=derive_seed(run.config.seed, "views"), device=run.device)
     return Task(run, images, parts, pool)

@@ -68,5 +68,7 @@ def test_unknown_source(spec: str) -> None:
 
 
 def test_folder_settings_are_for_folders() -> None:
-    with pytest.raises(DataError, match="image_size is for data of the form folder:PATH"):
+    with pytest.raises(
+        DataError, match="image_size is for encoded images, but digits holds arrays"
+    ):
         load("digits", image_size=16)
