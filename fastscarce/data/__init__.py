@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastscarce.data.decode import Header, decode, decode_whole, inspect, mended
 from fastscarce.data.images import ImageSet
 from fastscarce.data.load import load_images
+from fastscarce.data.loader import Loader, LoaderBatch
 from fastscarce.data.order import partner_ids
 from fastscarce.data.sampler import Sampler, SamplerBatch
 from fastscarce.data.source import Failure, Reader, Source
@@ -16,6 +17,8 @@ __all__ = [
     "Failure",
     "Header",
     "ImageSet",
+    "Loader",
+    "LoaderBatch",
     "Reader",
     "Sampler",
     "SamplerBatch",
