@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastscarce.augment import Plan, Policy, draw, get_policy
 from fastscarce.augment.philox import keyed_order
+from fastscarce.data.backend import open_backend
 from fastscarce.data.crop import Boxes, crop_boxes, without_crop
 from fastscarce.data.order import Numbers
-from fastscarce.data.request import Backend, Decoded, Request, decode_request
+from fastscarce.data.request import Decoded, Request, decode_request
 from fastscarce.data.sampler import Sampler, SamplerBatch
 from fastscarce.data.source import Failure, Source
-from fastscarce.data.workers import Workers
 from fastscarce.errors import DataError
 
 __all__ = ["Loader", "LoaderBatch", "OnError"]
@@ -71,7 +71,7 @@ class Loader:
         policy: What is done to them, by name or `Policy`. A resized crop at its beginning is done
             here, from all of the image's pixels, and the rest is planned.
         seed: Of the views; None: the sampler's.
-        workers: Processes that decode; 0 decodes in this one.
+        workers: Processes that decode, or threads of DALI; 0 decodes in this process.
         prefetch: Batches that each worker is ahead.
         device: Where the batches go: on a GPU a batch ahead, from pinned memory.
         backend: ``torch``, or ``dali`` where the extra ``dali`` is installed.
@@ -80,6 +80,7 @@ class Loader:
 
     Raises:
         ValueError: A number is out of range, or the sampler has ids that the source hasn't.
+        ConfigError: DALI is asked for and not installed.
     """
 
     def __init__(
@@ -121,11 +122,12 @@ class Loader:
         self._seed = sampler.seed if seed is None else seed
         self._device = torch.device(device)
         self._on_error = on_error
-        self._backend = _backend(
+        self._backend = open_backend(
             backend,
             source,
             image_size=size,
             channels=channels,
+            rows=len(sampler.batch(0, 0).ids),
             workers=workers,
             prefetch=prefetch,
             device=self._device,
@@ -304,25 +306,3 @@ def _places(source: Source, sampler: Sampler) -> Numbers:
             " Sampler(source.ids, ...)."
         )
     return places
-
-
-def _backend(
-    name: str,
-    source: Source,
-    *,
-    image_size: tuple[int, int],
-    channels: int,
-    workers: int,
-    prefetch: int,
-    device: torch.device,
-) -> Backend:
-    if name == "torch":
-        return Workers(
-            source,
-            image_size=image_size,
-            channels=channels,
-            workers=workers,
-            prefetch=prefetch,
-            pin=device.type == "cuda",
-        )
-    raise ValueError(f"Loader needs a backend torch or dali, got {name!r}.")

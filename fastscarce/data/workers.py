@@ -98,7 +98,7 @@ class Workers:
                 except StopIteration:
                     return
                 yield Decoded(images, failures)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             explained = explain(error)
             if explained is None:
                 raise
@@ -124,8 +124,10 @@ def explain(error: Exception) -> DataError | None:
             "Shared memory is full, which decoded batches go through; enlarge /dev/shm, or lower"
             f" workers or batch_size ({last})."
         )
-    if "DataLoader worker" in text and "Caught" not in text:
+    gone = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))  # its end of a pipe
+    if gone or ("DataLoader worker" in text and "Caught" not in text):
         return DataError(
-            f"A worker that decodes images ended; look at free memory, or lower workers ({last})."
+            "A worker that decodes images ended; look at free memory, or lower workers"
+            f" ({last or type(error).__name__})."
         )
     return None
