@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastscarce.data.arrays import ArrayReader
+from fastscarce.data.classes import read_names
 from fastscarce.data.images import check_memory
 from fastscarce.data.source import Source
 from fastscarce.errors import DataError
@@ -135,13 +136,12 @@ def _split(folder: Path, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[
 
 
 def _classes(folder: Path, count: int, *, fashion: bool) -> tuple[str, ...]:
-    path = folder / "classes.txt"
-    if path.is_file():
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        names = tuple(name for name in names if name)
+    names = read_names(folder)
+    if names is not None:
         if len(names) < count:
-            raise DataError(f"{path} needs {count} class names, a line each, got {len(names)}.")
+            raise DataError(
+                f"{folder / 'classes.txt'} needs {count} class names, a line each, got"
+                f" {len(names)}."
+            )
         return names
-    if fashion:
-        return FASHION_CLASSES
-    return tuple(str(label) for label in range(count))
+    return FASHION_CLASSES if fashion else tuple(str(label) for label in range(count))

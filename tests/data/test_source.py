@@ -107,3 +107,26 @@ def test_refuses_what_does_not_fit_together() -> None:
         dataclasses.replace(digits, labels=digits.labels[1:])
     with pytest.raises(ValueError, match="labels from -1 to 8, got 0 to 9"):
         dataclasses.replace(digits, classes=digits.classes[:9])
+
+
+def test_unlabelled_images_of_another_kind(folder: Path, tmp_path: Path) -> None:
+    names = [f"{label}/{number} ü.png" for label in "ab" for number in range(3)]
+    table = "path,label\n" + "".join(f"{name},x\n" for name in names)
+    (folder / "t.csv").write_text(table, encoding="utf-8")
+    joined = open_source(f"folder:{folder}", unlabelled=f"table:{folder / 't.csv'}")
+    assert joined.labels.tolist() == [0, 0, 0, 1, 1, 1] + [-1] * 6
+    assert joined.name_of(7) == "unlabelled:a/1 ü.png"
+    contents = [(folder / name).read_bytes() for name in names]
+    assert joined.read([10, 0, 6, 5]) == [contents[4], contents[0], contents[0], contents[5]]
+    other = open_source(f"table:{folder / 't.csv'}", unlabelled=str(folder))
+    assert len(other) == 12
+    assert set(joined.ids[6:].tolist()) == set(other.ids[6:].tolist())
+    with pytest.raises(DataError, match=r"need to be encoded images .* got arrays of 8x8x1"):
+        open_source(f"folder:{folder}", unlabelled="digits")
+    twice = open_source("digits", unlabelled="digits")
+    assert (twice.read([5, 1800]) == open_source("digits").read([5, 3])).all()
+
+
+def test_keys_are_for_kinds_that_have_them(folder: Path) -> None:
+    with pytest.raises(DataError, match="id_key is for data of the form arrays:PATH or table:PATH"):
+        open_source(f"folder:{folder}", id_key="id")
