@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 
 from fastscarce.augment import Plan, Policy, draw, get_policy
-from fastscarce.augment.philox import keyed_order
 from fastscarce.data.backend import open_backend
 from fastscarce.data.crop import Boxes, crop_boxes, without_crop
 from fastscarce.data.order import Numbers
 from fastscarce.data.request import Decoded, Request, decode_request
 from fastscarce.data.sampler import Sampler, SamplerBatch
 from fastscarce.data.source import Failure, Source
+from fastscarce.data.standin import stand_ins
 from fastscarce.errors import DataError
 
 __all__ = ["Loader", "LoaderBatch", "OnError"]
 
 OnError = Literal["raise", "skip", "replace"]
 
-_REPLACE = 0x5EC0D00  # the counter's word that sets these draws apart from a view's
 _TRIES = 16  # samples that may stand in for one that is broken
 
 
@@ -76,7 +75,8 @@ class Loader:
         device: Where the batches go: on a GPU a batch ahead, from pinned memory.
         backend: ``torch``, or ``dali`` where the extra ``dali`` is installed.
         on_error: What to do about a sample that can't be read or decoded. ``raise``; ``skip``: its
-            row is masked; ``replace``: another sample of its label stands in, chosen from the seed.
+            row is masked; ``replace``: it gets the pixels of another one of its label, chosen by
+            its id.
 
     Raises:
         ValueError: A number is out of range, or the sampler has ids that the source hasn't.
@@ -262,36 +262,30 @@ class Loader:
             alone = np.isin(place, failed) | np.isin(rows.partners, failed)
             partners = np.where(alone, place, rows.partners)
             return replace(rows, mask=mask, partners=partners), decoded.images
-        positions = rows.positions.copy()
         for row in failed.tolist():
-            positions[row], decoded.images[row] = self._stand_in(rows, row)
-        return replace(rows, positions=positions, ids=self.sampler.ids[positions]), decoded.images
+            decoded.images[row] = self._stand_in(rows, row)
+        return rows, decoded.images
 
-    def _stand_in(self, rows: SamplerBatch, row: int) -> tuple[int, Tensor]:
-        """Another sample of the same label: a function of (seed, id, view) and the sampler's ids.
+    def _stand_in(self, rows: SamplerBatch, row: int) -> Tensor:
+        """What stands in for a broken image: another one's pixels, in the box of this row's view.
 
-        Returns:
-            Its position in the sampler, and its image.
+        Its own id stays, and so do its label, its draws and its place in every table of ids.
         """
-        labels = self.source.labels[self._place]
-        broken = int(rows.ids[row])
-        alike = np.flatnonzero(labels == labels[rows.positions[row]])
-        alike = alike[~np.isin(self.sampler.ids[alike], list(self.failures))]
-        order = keyed_order(
-            self._seed ^ broken, self.sampler.ids[alike], view=rows.view[row], draw=_REPLACE
-        )
-        for position in alike[order[:_TRIES]]:
-            other = replace(rows, ids=self.sampler.ids[[position]], view=rows.view[[row]])
-            request = Request(self._place[[position]], self._boxes(other))
+        position = int(self._place[rows.positions[row]])
+        boxes = self._boxes(rows)
+        box = None if boxes is None else boxes[[row]]
+        for other in stand_ins(self.source, position)[:_TRIES]:
             done = decode_request(
-                self.source, request, image_size=self._size, channels=self._channels
+                self.source,
+                Request(other[None], box),
+                image_size=self._size,
+                channels=self._channels,
             )
             if not done.failures:
-                return int(position), done.images[0]
-            self.failures |= {failure.id: failure for failure in done.failures.values()}
+                return done.images[0]
         raise DataError(
-            f"{self.source.name} has no readable image that could stand in for"
-            f" {self.failures[broken].name}; remove the broken images."
+            f"{self.source.name} has no readable image of its label that could stand in for"
+            f" {self.source.name_of(position)}; set on_error to skip."
         )
 
 
