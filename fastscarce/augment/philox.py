@@ -69,7 +69,7 @@ def _fill_blocks(seed, ids, views, first, count, out):  # type: ignore[no-untype
                 out[row, 4 * block + place] = words[place]
 
 
-def view_numbers(view: npt.ArrayLike, rows: int) -> tuple[np.uint64, npt.NDArray[np.int64]]:
+def view_numbers(view: npt.ArrayLike | int, rows: int) -> tuple[np.uint64, npt.NDArray[np.int64]]:
     """Checked view numbers: one for all rows, and none a row; or 0, and int64 ``(rows,)``.
 
     Raises:
@@ -77,7 +77,7 @@ def view_numbers(view: npt.ArrayLike, rows: int) -> tuple[np.uint64, npt.NDArray
     """
     if isinstance(view, int) and 0 <= view <= 0xFFFFFFFF:  # as almost always
         return np.uint64(view), NO_NUMBERS
-    numbers: npt.NDArray[np.int64] = np.asarray(view, dtype=np.int64)
+    numbers = np.asarray(view, dtype=np.int64)
     if numbers.shape not in ((), (rows,)):
         raise ValueError(f"draw needs one view number, or one a row ({rows}), got {numbers.shape}.")
     if np.any(numbers >> 32):  # also of a negative number
