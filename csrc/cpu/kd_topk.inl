@@ -261,22 +261,20 @@ struct TopKRows {
   static void stream_chunk(GradientFunction gradient_of, const Coefficients& c, const A* kept,
                            const A* kept_label, int64_t n, A* out, const Lines& lines,
                            Correct correct) {
-    const auto make = [&](int64_t from, int64_t to, A* into, bool stream) {
-      if (from < to) gradient_of(c, kept + from, nullptr, kept_label + from, to - from, into, stream);
+    const auto make = [&](int64_t from, int64_t to, A* into) {
+      if (from < to) gradient_of(c, kept + from, nullptr, kept_label + from, to - from, into, true);
     };
-    make(0, lines.head, out, false);
-    correct(out, 0, lines.head);
-    int64_t at = lines.head;
+    int64_t at = 0;
     alignas(64) A line[L];
     for (int64_t i = 0; i < lines.count; at = lines.first[i++] + L) {
       const int64_t here = lines.first[i];
-      make(at, here, out + at, true);
-      make(here, here + L, line, false);
+      make(at, here, out + at);
+      gradient_of(c, kept + here, nullptr, kept_label + here, L, line, false);
       correct(line, here, L);
       V::load(line).stream(out + here);
     }
-    make(at, lines.end, out + at, true);
-    make(lines.end, n, out + lines.end, false);
+    make(at, n, out + at);
+    correct(out, 0, lines.head);
     correct(out + lines.end, lines.end, n - lines.end);
   }
 
