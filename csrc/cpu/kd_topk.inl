@@ -23,8 +23,20 @@ struct TopKRows {
   struct Named {
     int32_t* index;
     // Places of the k grouped by the chunk their class lies in: chunk c's are order[begin[c]] up to
-    // order[begin[c + 1]].
+    // order[begin[c + 1]]. A row of one chunk has no groups.
     int32_t *order, *begin;
+
+    // of(place) for those of chunk c, of `chunks`.
+    template <class Of>
+    void each(int64_t c, int64_t chunks, Of of) const {
+      if (chunks == 1)
+        for (int64_t i = 0; i < count; ++i) of(i);
+      else
+        for (int64_t j = begin[c]; j < begin[c + 1]; ++j) of(order[j]);
+    }
+    int64_t in_chunk(int64_t c, int64_t chunks) const {
+      return chunks == 1 ? count : begin[c + 1] - begin[c];
+    }
     A *delta, *shift, *logit;
     int64_t count;
     A *kept, *kept_label, *gradient;  // tail and support: the k as a chunk of their own
@@ -36,12 +48,12 @@ struct TopKRows {
                            A* shift, A* v, TeacherRow<A>& out) {
     const int64_t k = teacher.k, padded = (k + L - 1) / L * L, others = call.classes - k;
     const int32_t* const from = teacher.indices + row * k;
-    bool inside = true;
+    uint32_t largest_index = 0;
     for (int64_t i = 0; i < k; ++i) {
-      inside &= uint64_t(from[i]) < uint64_t(call.classes);
+      largest_index = std::max(largest_index, uint32_t(from[i]));
       index[i] = from[i];
     }
-    if (!inside) return false;
+    if (largest_index >= uint64_t(call.classes)) return false;
     const char* const at = static_cast<const char*>(teacher.log_probs.data) +
                            row * teacher.log_probs.row_stride * size_of(teacher.log_probs.dtype);
     read_as(at, teacher.log_probs.dtype, shift, k);
@@ -95,11 +107,7 @@ struct TopKRows {
   }
 
   static void group(const Setup& setup, Named& named) {
-    if (setup.chunks == 1) {
-      for (int64_t i = 0; i < named.count; ++i) named.order[i] = int32_t(i);
-      named.begin[0] = 0, named.begin[1] = int32_t(named.count);
-      return;
-    }
+    if (setup.chunks == 1) return;
     std::fill_n(named.begin, setup.chunks + 1, 0);
     const uint32_t chunk = uint32_t(setup.chunk);
     for (int64_t i = 0; i < named.count; ++i) ++named.begin[uint32_t(named.index[i]) / chunk];
@@ -211,10 +219,10 @@ struct TopKRows {
       const int64_t from = c * setup.chunk, n = std::min(setup.chunk, call.classes - from);
       const A* const s = read_row<A>(call.student, row, from, n, buffers.student);
       std::copy_n(s, n, buffers.teacher);
-      for (int64_t i = named.begin[c]; i < named.begin[c + 1]; ++i)
-        buffers.teacher[named.index[named.order[i]] - from] = A(-INFINITY);
+      named.each(c, setup.chunks,
+                 [&](int64_t i) { buffers.teacher[named.index[i] - from] = A(-INFINITY); });
       kept.statistics[c] = function(setup, buffers.teacher, nullptr, n, kept.student + from,
-                                    nullptr, kept.label + from);
+                                    nullptr, kept.label + from, buffers.pending);
       if (setup.smoothing || setup.dense) {
         const A* const y =
             setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
@@ -222,34 +230,30 @@ struct TopKRows {
       }
     }
     gather(call, row, named, A(0));
-    of_k =
-        function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label);
+    of_k = function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label,
+                    buffers.pending);
     of_k.count = A(0);  // the sums over logits have them already
   }
 
-  // The whole cache lines of a chunk of the gradient that hold a class that differs: sorted, each
-  // once. What lies before the first whole line and after the last is stored, not streamed.
-  static constexpr int64_t kLines = 8;  // with more a chunk is better finished in L1 first
+  // The whole cache lines of a chunk of the gradient that hold one of its k or its labels: sorted,
+  // each once. What lies before the first whole line and after the last is stored, not streamed.
+  static constexpr int64_t kLines = 8;  // of the k: with more a chunk is better finished in L1
   struct Lines {
     int64_t head, end;  // the whole lines
-    int64_t first[kLines], count;
+    int64_t first[kLines + 2], count = 0;
 
-    Lines(const A* out, int64_t n, int64_t expected) : count(expected > kLines ? kLines + 1 : 0) {
+    Lines(const A* out, int64_t n) {
       constexpr int64_t bytes = L * int64_t(sizeof(A));
       const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % bytes);
       head = std::min(past ? (bytes - past) / int64_t(sizeof(A)) : 0, n);
       end = head + (n - head) / L * L;
     }
     void add(int64_t at) {
-      if (at < head || at >= end || count > kLines) return;
+      if (at < head || at >= end) return;
       const int64_t line = at - (at - head) % L;
       int64_t i = 0;
       while (i < count && first[i] < line) ++i;
       if (i < count && first[i] == line) return;
-      if (count == kLines) {
-        ++count;
-        return;
-      }
       for (int64_t j = count++; j > i; --j) first[j] = first[j - 1];
       first[i] = line;
     }
@@ -374,9 +378,9 @@ struct TopKRows {
       (V::load(named.delta + i) * scale).store(named.delta + i);
     // What differs from a multiple of the softmax in n classes of a chunk, from `first` on.
     const auto correct = [&](int64_t part, A* out, int64_t first, int64_t n) {
-      for (int64_t j = named.begin[part]; j < named.begin[part + 1]; ++j) {
-        const int64_t i = named.order[j], at = named.index[i] - first;
-        if (at < 0 || at >= n) continue;
+      named.each(part, setup.chunks, [&](int64_t i) {
+        const int64_t at = named.index[i] - first;
+        if (at < 0 || at >= n) return;
         const A delta = named.delta[i];
         if constexpr (bucket)
           out[at] = named.gradient[i] - delta;
@@ -384,36 +388,35 @@ struct TopKRows {
           out[at] += named.gradient[i] - delta;
         else
           out[at] -= delta;
-      }
+      });
       if (!setup.label || setup.dense) return;
       const int64_t one = label.first - first, other = label.second - first;
       if (label.first >= 0 && one >= 0 && one < n) out[one] -= c.hard * A(label.first_share);
       if (label.second >= 0 && other >= 0 && other < n)
         out[other] -= c.hard * A(label.second_share);
     };
+    const bool late = Body::leaves_late(call, setup.chunks);
+    const bool in_lines = sweep && call.stream && !late && dtype == dtype_of<A>() && !setup.dense;
     for (int64_t part = 0; part < setup.chunks; ++part) {
       const int64_t from = part * setup.chunk, n = std::min(setup.chunk, call.classes - from);
       const bool shifted = sweep && (bucket || setup.chunks > 1);
       const Coefficients of =
           shifted ? Body::for_chunk(setup, c, bucket ? rest : whole, kept.statistics[part]) : c;
       A* const place = reinterpret_cast<A*>(gradient) + from;
-      if (sweep && call.stream && dtype == dtype_of<A>() && !setup.dense) {
-        Lines lines(place, n, named.begin[part + 1] - named.begin[part]);
-        for (int64_t j = named.begin[part]; j < named.begin[part + 1]; ++j)
-          lines.add(named.index[named.order[j]] - from);
+      if (in_lines && named.in_chunk(part, setup.chunks) <= kLines) {
+        Lines lines(place, n);
+        named.each(part, setup.chunks, [&](int64_t i) { lines.add(named.index[i] - from); });
         if (setup.label) {
           lines.add(label.first - from);
           lines.add(label.second - from);
         }
-        if (lines.count <= kLines) {
-          stream_chunk(gradient_of, of, kept.student + from, kept.label + from, n, place, lines,
-                       [&](A* out, int64_t first, int64_t count) {
-                         correct(part, out, from + first, count);
-                       });
-          continue;
-        }
+        stream_chunk(
+            gradient_of, of, kept.student + from, kept.label + from, n, place, lines,
+            [&](A* out, int64_t first, int64_t count) { correct(part, out, from + first, count); });
+        continue;
       }
-      A* const out = direct ? place : buffers.out;
+      if (late) buffers.pending.rest();
+      A* const out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
       if (sweep)
         gradient_of(of, kept.student + from, nullptr, kept.label + from, n, out, false);
       else
@@ -423,7 +426,10 @@ struct TopKRows {
         const A* const y = read_row<A>(call.soft, row, from, n, buffers.teacher);
         for (int64_t i = 0; i < n; ++i) out[i] -= c.hard * y[i];
       }
-      if (!direct) Body::put(out, gradient + from * size_of(dtype), dtype, n, call.stream);
+      if (late)
+        buffers.pending.give(out, place, n);
+      else if (!direct)
+        Body::put(out, gradient + from * size_of(dtype), dtype, n, call.stream);
     }
   }
 
