@@ -100,7 +100,7 @@ class StageConfig:
         ema_decay: Of the weights' moving average, which is the model that a stage returns.
         max_gradient_norm: Gradients are scaled down to this norm. `null` leaves them.
         augmentation: Policy of the labelled views.
-        cutmix_probability: Part of the views that a box of their neighbour's is pasted into.
+        cutmix_probability: Part of the views that a box of their partner is pasted into.
         cutmix_alpha: Both parameters of the Beta distribution of the mixed area.
         label_smoothing: Part of a label spread evenly over the classes.
     """

@@ -6,7 +6,10 @@ from fastscarce.data.decode import Header, decode, decode_whole, inspect, mended
 from fastscarce.data.images import ImageSet
 from fastscarce.data.labels import relabel, write_split
 from fastscarce.data.load import load_images
+from fastscarce.data.loader import Loader, LoaderBatch
+from fastscarce.data.order import partner_ids
 from fastscarce.data.quarantine import write_quarantine
+from fastscarce.data.sampler import Sampler, SamplerBatch
 from fastscarce.data.source import Failure, Reader, Source
 from fastscarce.data.sources import load, open_source
 from fastscarce.data.splitting import Given, Split, split
@@ -17,7 +20,11 @@ __all__ = [
     "Given",
     "Header",
     "ImageSet",
+    "Loader",
+    "LoaderBatch",
     "Reader",
+    "Sampler",
+    "SamplerBatch",
     "Source",
     "Split",
     "Stream",
@@ -29,6 +36,7 @@ __all__ = [
     "load_images",
     "mended",
     "open_source",
+    "partner_ids",
     "relabel",
     "split",
     "write_quarantine",

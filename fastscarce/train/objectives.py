@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastscarce.augment import CutMix, Policy, get_policy
 from fastscarce.config import StageConfig, StudentConfig
-from fastscarce.data import Stream, StreamBatch
+from fastscarce.data import Stream
 from fastscarce.errors import ConfigError
 from fastscarce.ops import MixedTarget, kd_loss
 from fastscarce.pseudo import PseudoLabels
@@ -22,12 +22,16 @@ from fastscarce.train.run import Run, derive_seed
 __all__ = ["SelfTraining", "Supervised"]
 
 
-def _stream(run: Run, name: str, positions: Positions, batch_size: int) -> Stream:
-    parts = run.world_size * run.config.gradient_accumulation_steps
+def _stream(
+    run: Run, name: str, pool: Pool, positions: Positions, batch_size: int, *, pairs: bool
+) -> Stream:
+    pieces = run.config.gradient_accumulation_steps
+    parts = run.world_size * pieces * (2 if pairs else 1)
     if batch_size < parts or batch_size % parts:
+        whole = " times 2, the rows that CutMix pairs" if pairs else ""
         raise ConfigError(
-            f"{name} must be a multiple of processes times gradient_accumulation_steps "
-            f"({run.world_size} x {run.config.gradient_accumulation_steps}), got {batch_size}."
+            f"{name} must be a multiple of processes times gradient_accumulation_steps{whole} "
+            f"({run.world_size} x {pieces}{' x 2' if pairs else ''}), got {batch_size}."
         )
     return Stream(
         positions,
@@ -35,21 +39,21 @@ def _stream(run: Run, name: str, positions: Positions, batch_size: int) -> Strea
         batch_size=batch_size,
         rank=run.rank,
         world_size=run.world_size,
+        pairs=pairs,
+        ids=pool.ids[positions],
     )
 
 
-def _piece(batch: StreamBatch, piece: int, pieces: int) -> tuple[Positions, Positions]:
-    rows = len(batch.positions) // pieces
-    part = slice(piece * rows, (piece + 1) * rows)
-    return batch.positions[part], batch.view[part]
-
-
 def _policy(settings: StageConfig) -> Policy:
-    """The stage's policy, with CutMix of neighbours where it asks for it."""
+    """The stage's policy, with CutMix of partners where it asks for it."""
     policy = get_policy(settings.augmentation)
-    if settings.cutmix_probability <= 0.0 or settings.cutmix_alpha <= 0.0:
+    if not _mixes(settings):
         return policy
     return policy.followed_by(CutMix(settings.cutmix_alpha, settings.cutmix_probability))
+
+
+def _mixes(settings: StageConfig) -> bool:
+    return settings.cutmix_probability > 0.0 and settings.cutmix_alpha > 0.0
 
 
 class Supervised:
@@ -59,17 +63,19 @@ class Supervised:
         self._pool = pool
         self._settings = settings
         self._policy = _policy(settings)
-        self._stream = _stream(run, "batch_size", labelled, settings.batch_size)
+        self._stream = _stream(
+            run, "batch_size", pool, labelled, settings.batch_size, pairs=_mixes(settings)
+        )
         self.rows = settings.batch_size
 
     def batch(
         self, model: nn.Module, step: int, piece: int, pieces: int
     ) -> tuple[Tensor, MixedTarget]:
         """Views, float32 ``(rows, C, H, W)``, and their labels."""
-        positions, view = _piece(self._stream.batch(step), piece, pieces)
-        plan = self._pool.draw(positions, self._policy, view)
-        images = self._pool.carry_out(plan, positions, model)
-        labels = self._pool.labels[torch.from_numpy(positions).to(images.device)]
+        rows = self._stream.batch(step).piece(piece, pieces)
+        plan = self._pool.draw(rows.positions, self._policy, rows.view, rows.partners)
+        images = self._pool.carry_out(plan, rows.positions, model)
+        labels = self._pool.labels[torch.from_numpy(rows.positions).to(images.device)]
         return images, plan.mixed_target(labels)
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
@@ -107,7 +113,12 @@ class SelfTraining:
                 "labels.keep_per_class."
             )
         self._stream = _stream(
-            run, "unlabelled_batch_size", lessons, settings.unlabelled_batch_size
+            run,
+            "unlabelled_batch_size",
+            pool,
+            lessons,
+            settings.unlabelled_batch_size,
+            pairs=_mixes(settings),
         )
         # A row a position of the pool, so that a batch's rows are one gather.
         self._row = torch.full((len(pool.ids),), -1, dtype=torch.int64, device=pool.images.device)
@@ -121,11 +132,11 @@ class SelfTraining:
         """Weighted sum of the two means, float32 scalar in nats."""
         settings = self._settings
         images, target = self._labelled.batch(model, step, piece, pieces)
-        positions, view = _piece(self._stream.batch(step), piece, pieces)
-        plan = self._pool.draw(positions, self._policy, view)
-        others = self._pool.carry_out(plan, positions, model)
+        batch = self._stream.batch(step).piece(piece, pieces)
+        plan = self._pool.draw(batch.positions, self._policy, batch.view, batch.partners)
+        others = self._pool.carry_out(plan, batch.positions, model)
         device = others.device
-        rows = self._log_probs[self._row[torch.from_numpy(positions).to(device)]]
+        rows = self._log_probs[self._row[torch.from_numpy(batch.positions).to(device)]]
         teacher = mix_rows(rows, rows[plan.partner.to(device)], plan.lam.to(device))
         logits = model(torch.cat([images, others]))
         taught, learned = logits[: len(images)], logits[len(images) :]
