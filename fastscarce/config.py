@@ -48,7 +48,8 @@ class DataConfig:
         test_fraction: Part of each class kept for the test, where the data has no test split.
         image_size: Side in pixels that images are brought to. `null` keeps a common size.
         flip: Whether a mirrored image keeps its label; `auto` asks the data set.
-        on_error: What to do with an image that can't be read.
+        on_error: What to do with an image that can't be read: `skip` leaves it out, `replace` puts
+            another one of its label in its place, and `quarantine.csv` lists it.
         pool: Where the decoded images lie: `device`, `host` (in memory), `disk` (a file beside the
             cache, mapped into memory) or `off` (decoded each time); `auto` takes the first that
             they fit in. The results are the same.
@@ -67,7 +68,7 @@ class DataConfig:
     test_fraction: float = 1 / 3
     image_size: int | None = None
     flip: Literal["auto", "yes", "no"] = "auto"
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: Literal["raise", "skip", "replace"] = "raise"
     pool: Literal["auto", "device", "host", "disk", "off"] = "auto"
     loader: Literal["torch", "dali"] = "torch"
     workers: int = 2

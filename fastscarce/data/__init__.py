@@ -9,6 +9,7 @@ from fastscarce.data.load import Storage, load_images
 from fastscarce.data.loader import Loader, LoaderBatch
 from fastscarce.data.order import partner_ids
 from fastscarce.data.pixels import Decoder, OnDemand, Pixels
+from fastscarce.data.quarantine import write_quarantine
 from fastscarce.data.sampler import Sampler, SamplerBatch
 from fastscarce.data.source import Failure, Reader, Source
 from fastscarce.data.sources import load, open_source
@@ -43,5 +44,6 @@ __all__ = [
     "partner_ids",
     "relabel",
     "split",
+    "write_quarantine",
     "write_split",
 ]

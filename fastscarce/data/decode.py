@@ -29,6 +29,7 @@ LARGEST_IMAGE = 89_478_485
 
 _GREY_MODES = frozenset(("1", "L", "LA", "La", "F", "I"))
 _ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
+_PLAIN = ("BMP", "JPEG", "PNG")
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 # Where a scan is whole, a decoder skips these up to the marker; where it isn't, they are pixels.
 _STRANGE_TAIL = b"\x55\x9a" * 64 + _JPEG_END
@@ -44,7 +45,8 @@ class Header:
         width: In pixels, as shown.
         grey: Whether it has one channel.
         orientation: EXIF's, 1 to 8; 1 is upright.
-        plain: Whether it is 8-bit grey or RGB and one frame, which every decoder reads alike.
+        plain: Whether it is a JPEG, PNG or BMP of 8-bit grey or RGB, of one frame and with its end
+            there: then every decoder reads it alike. Of others Pillow decides.
     """
 
     format: str
@@ -71,8 +73,13 @@ def inspect(content: bytes, *, largest: int = LARGEST_IMAGE) -> Header:
         orientation = _orientation(image)
         if orientation in (5, 6, 7, 8):
             width, height = height, width
-        plain = image.mode in ("L", "RGB") and getattr(image, "n_frames", 1) == 1
         kind = image.format or "unknown"
+        plain = (
+            image.mode in ("L", "RGB")
+            and kind in _PLAIN
+            and not getattr(image, "is_animated", False)
+            and _has_its_end(content, kind)
+        )
         return Header(kind, height, width, _is_grey(image), orientation, plain)
 
 
@@ -120,12 +127,11 @@ def mended(content: bytes) -> bytes:
     """
     if not content.startswith(_JPEG_START) or content.rstrip(b"\0").endswith(_JPEG_END):
         return content
-    if content.endswith(b"\xff"):
-        content = content[:-1]
-    whole = content + _JPEG_END
+    data = content.removesuffix(b"\xff")
+    whole = data + _JPEG_END
     try:
         # Data that is missing is filled up with what follows, so that two tails differ.
-        pixels = [_pixels(tail) for tail in (whole, content + _STRANGE_TAIL)]
+        pixels = [_pixels(tail) for tail in (whole, data + _STRANGE_TAIL)]
     except Exception:  # broken in another way, which a decoder will say
         return content
     return whole if pixels[0] == pixels[1] else content
@@ -154,6 +160,12 @@ def _opened(content: bytes, largest: int) -> Image:
     if image.width * image.height > largest:
         raise DataError(f"{_too_large(largest)}: {image.width}x{image.height}")
     return image
+
+
+def _has_its_end(content: bytes, kind: str) -> bool:
+    if kind == "PNG":
+        return b"IEND" in content[-64:]
+    return kind != "JPEG" or content.rstrip(b"\0").endswith(_JPEG_END)
 
 
 def _too_large(largest: int) -> str:

@@ -195,7 +195,8 @@ def _add(
 ) -> None:
     """List the images at any depth below a sub-folder of the root."""
     before = len(files.keys)
-    for inner, names in _walk(str(root / name), name, files):
+    above = tuple(os.path.realpath(root / parent) for parent in Path(name).parents)
+    for inner, names in _walk(str(root / name), name, files, above):
         for image in names:
             path = f"{inner}/{image}" if inner else image
             files.add(path, path, label, test=test)

@@ -104,7 +104,8 @@ def load(
         id_key: Of ids.
         image_size: Height and width in pixels that encoded images are brought to.
         flip: Whether a mirrored image keeps its label.
-        on_error: ``raise`` or ``skip``: what to do about an image that can't be decoded.
+        on_error: ``raise``, ``skip`` or ``replace``: what to do about an image that can't be
+            decoded; see `load_images`.
 
     Raises:
         DataError: The data set is unknown, missing, unreadable or too large.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -84,12 +85,8 @@ class Pool:
         partners: Positions | None = None,
     ) -> Plan:
         """What is done to some images: a function of (seed, id, view), the policy and partners."""
-        chosen = get_policy(policy)
-        if not self.flip:
-            chosen = chosen.without("flip")
         _, height, width, channels = self.pixels.shape
-        if channels == 3:  # of grey scans the ground is black; a photograph has none
-            chosen = replace(chosen, fill="reflect")
+        chosen = _fitted(get_policy(policy), self.flip, channels)
         ids = self.ids[positions]
         return draw(
             chosen,
@@ -206,6 +203,15 @@ def _resident(images: ImageSet, device: torch.device, kind: PoolKind) -> Tensor 
                 f" which {free / 2**30:.1f} GiB are free; set pool to host, disk or off."
             )
     return torch.from_numpy(np.ascontiguousarray(images.images)).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _fitted(policy: Policy, flip: bool, channels: int) -> Policy:
+    """The policy as it suits a data set."""
+    if not flip:
+        policy = policy.without("flip")
+    # Of grey scans the ground is black; a photograph has none.
+    return replace(policy, fill="reflect") if channels == 3 else policy
 
 
 def normalisation(

@@ -34,6 +34,8 @@ __all__ = ["Task", "prepare"]
 # From how many labels a class some are held out, and which part of them.
 HOLDOUT_FROM = 20
 HOLDOUT_PART = 5
+# Broken images that are named on the terminal; quarantine.csv names all.
+FAILURES_SAID = 10
 
 _STORAGE: dict[str, Storage] = {
     "auto": "auto",
@@ -140,6 +142,14 @@ def _holdout_per_class(config: DataConfig, images: ImageSet, given: Given | None
     return fewest // HOLDOUT_PART if fewest >= HOLDOUT_FROM else 0
 
 
+def _say_failures(run: Run, images: ImageSet, on_error: str) -> None:
+    done = "replaced" if on_error == "replace" else "skipped"
+    for failure in images.failures[:FAILURES_SAID]:
+        run.say(f"{done} {failure.name}: {failure.reason}")
+    if len(images.failures) > FAILURES_SAID:
+        run.say(f"{done} {len(images.failures)} images in all; quarantine.csv lists them")
+
+
 def prepare(run: Run, config: DataConfig) -> Task:
     """Load and split the data set, and move it to the run's device.
 
@@ -185,8 +195,7 @@ def prepare(run: Run, config: DataConfig) -> Task:
         f"{len(parts.holdout)} held out, {len(parts.unlabelled)} unlabelled, "
         f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
     )
-    for failure in images.failures:
-        run.say(f"skipped {failure.name}: {failure.reason}")
+    _say_failures(run, images, config.on_error)
     pool = Pool.of(
         images,
         seed=derive_seed(run.config.seed, "views"),

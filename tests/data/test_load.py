@@ -1,115 +1,143 @@
-"""Wherever a data set's pixels lie, they are the same."""
-
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
+import csv
+import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from fastscarce.data import Decoder, ImageSet, OnDemand, Source, load_images, open_source
+from fastscarce.data import Failure, Reader, load, load_images, open_source, write_quarantine
 from fastscarce.errors import DataError
 
-STORAGES = ("memory", "disk", "off")
+
+@pytest.fixture
+def root(tmp_path: Path, scans: list[Any]) -> Path:
+    """Four images a class, one of each broken in its own way, and a broken one in the test."""
+    for name, content, label in scans:
+        for folder in ("", "test/"):
+            path = tmp_path / "set" / f"{folder}{'abc'[label]}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    (tmp_path / "set" / "a" / "3.png").write_bytes(scans[3][1][:50])
+    (tmp_path / "set" / "b" / "4.png").unlink()
+    (tmp_path / "set" / "b" / "4.png").symlink_to("4.png")  # to itself
+    (tmp_path / "set" / "c" / "5.png").write_bytes(b"")
+    (tmp_path / "set" / "test" / "a" / "0.png").write_bytes(b"no image")
+    (tmp_path / "set" / "test" / "c" / "up").symlink_to(tmp_path / "set")  # a loop of folders
+    return tmp_path / "set"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("FASTSCARCE_CACHE", str(folder))
-    return folder
+BROKEN = ["a/3.png", "b/4.png", "c/5.png", "test/a/0.png"]
 
 
-def every(images: ImageSet) -> np.ndarray:
-    return np.asarray(images.images[np.arange(len(images))])
+def test_skip(root: Path) -> None:
+    pool = load(f"folder:{root}", on_error="skip")
+    assert sorted(failure.name for failure in pool.failures) == BROKEN
+    reasons = {failure.name: failure.reason for failure in pool.failures}
+    assert reasons["b/4.png"] == "it can't be read: Too many levels of symbolic links"
+    assert reasons["c/5.png"] == "it is empty"
+    assert reasons["test/a/0.png"] == "it is no image of a known format"
+    assert "Error" in reasons["a/3.png"]
+    assert len(pool) == 20
+    assert pool.paths is not None
+    assert not set(pool.paths) & set(BROKEN)
+    for path, image, label in zip(pool.paths, pool.images, pool.labels, strict=True):
+        number = int(Path(path).stem)
+        assert (image == 20 * number).all()
+        assert label == number % 3
+
+
+def test_replace_keeps_ids_labels_and_splits(root: Path) -> None:
+    whole = open_source(f"folder:{root}")
+    pool = load_images(whole, on_error="replace")
+    assert np.array_equal(pool.ids, whole.ids)
+    assert np.array_equal(pool.labels, whole.labels)
+    assert sorted(failure.name for failure in pool.failures) == BROKEN
+    assert pool.paths is not None
+    good = {path for path in pool.paths if path not in BROKEN}
+    for path in BROKEN:
+        image = pool.images[pool.paths.index(path)]
+        folder = path.rpartition("/")[0]
+        assert any((image == 20 * int(Path(p).stem)).all() for p in good if p.startswith(folder))
+    again = load_images(open_source(f"folder:{root}"), on_error="replace")
+    assert again.fingerprint() == pool.fingerprint()
+
+
+def test_raise_names_the_first(root: Path) -> None:
+    with pytest.raises(DataError, match=r"set: b/4\.png can't be decoded .* skip or replace"):
+        load(f"folder:{root}")
 
 
 @pytest.mark.parametrize("on_error", ["skip", "replace"])
-def test_the_same_images_in_every_storage(broken: Callable[[], Source], on_error: str) -> None:
-    source = broken()
-    found = [load_images(source, on_error=on_error, storage=storage) for storage in STORAGES]
-    found.append(load_images(source, on_error=on_error, storage="disk"))  # as it was kept
-    first = found[0]
-    assert first.images.shape == (20 if on_error == "skip" else 21, 51, 51, 3)
-    for other in found[1:]:
-        assert other.images.shape == first.images.shape
-        assert np.array_equal(every(other), every(first))
-        assert np.array_equal(other.images[3], first.images[3])
-        assert np.array_equal(other.ids, first.ids)
-        assert np.array_equal(other.labels, first.labels)
-        assert other.failures == first.failures
-        assert other.fingerprint() == first.fingerprint()
-    assert [failure.name for failure in first.failures] == ["city/3.jpg"]
+def test_a_class_without_a_readable_image(root: Path, on_error: str) -> None:
+    for path in (root / "b").iterdir():
+        path.unlink()
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match="Class b of set has no readable image"):
+        load(f"folder:{root}", on_error=on_error)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_a_broken_image_is_named(broken: Callable[[], Source], storage: str) -> None:
-    with pytest.raises(DataError, match=r"city/3\.jpg can't be decoded"):
-        every(load_images(broken(), storage=storage))  # type: ignore[arg-type]
+def test_nothing_stands_in_for_the_only_unlabelled_image(root: Path) -> None:
+    (root / "loose.png").write_bytes(b"broken")
+    assert len(load(f"folder:{root}", on_error="skip")) == 20
+    with pytest.raises(DataError, match=r"could stand in for loose\.png; set on_error to skip"):
+        load(f"folder:{root}", on_error="replace")
 
 
-def test_workers_change_nothing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = load_images(source, image_size=24)
-    monkeypatch.setattr(import_module("fastscarce.data.load"), "_MANY", 1)
-    together = load_images(source, image_size=24, decoder=Decoder(workers=1))
-    assert np.array_equal(every(alone), every(together))
+@dataclasses.dataclass
+class Vanishing:
+    """Reads files, and removes one after all were read once."""
+
+    inner: Reader
+    path: Path
+    left: int
+
+    def read(self, positions: np.ndarray) -> Any:
+        content = self.inner.read(positions)
+        self.left -= len(positions)
+        if self.left == 0:
+            self.path.unlink()
+        return content
 
 
-def test_images_come_ahead_of_their_use(source: Source) -> None:
-    images = load_images(source, storage="off", decoder=Decoder(workers=1))
-    assert isinstance(images.images, OnDemand)
-    whole = every(images)
-    batches = [np.array([3, 0, 20]), np.array([5]), np.array([7, 7, 1])]
-    coming = images.images.ahead(batches, rows=3, device=torch.device("cpu"))
-    for places, found in zip(batches, coming, strict=True):
-        assert np.array_equal(found.numpy(), whole[places])
+def test_a_file_that_vanishes_between_two_looks(root: Path) -> None:
+    for name in BROKEN:
+        (root / name).unlink()
+    source = open_source(f"folder:{root}")
+    reader = Vanishing(source.reader, root / "a" / "6.png", len(source))
+    pool = load_images(dataclasses.replace(source, reader=reader), on_error="skip")
+    (failure,) = pool.failures
+    assert (failure.name, failure.reason) == (
+        "a/6.png",
+        "it can't be read: No such file or directory",
+    )
+    assert len(pool) == len(source) - 1
 
 
-def test_a_file_that_was_tampered_with_is_made_anew(source: Source, cache: Path) -> None:
-    whole = every(load_images(source, storage="disk"))
-    (file,) = (path for path in cache.rglob("*.npy"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert np.array_equal(every(load_images(source, storage="disk")), whole)
-    content[-1] ^= 1
-    assert file.read_bytes() == content
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(root: Path) -> None:
+    (root / "a" / "0.png").chmod(0)
+    pool = load(f"folder:{root}", on_error="skip")
+    reasons = {failure.name: failure.reason for failure in pool.failures}
+    assert reasons["a/0.png"] == "it can't be read: Permission denied"
 
 
-def test_a_change_of_an_image_is_seen(broken: Callable[[], Source], tmp_path: Path) -> None:
-    before = load_images(broken(), on_error="skip", storage="disk")
-    root = tmp_path / "broken"
-    (root / "beach" / "0.jpg").write_bytes((root / "forest" / "6.jpg").read_bytes())
-    after = load_images(open_source(f"folder:{root}"), on_error="skip", storage="disk")
-    assert np.array_equal(before.ids, after.ids)
-    assert not np.array_equal(every(before)[0], every(after)[0])
-    assert np.array_equal(every(before)[1:], every(after)[1:])
-
-
-def test_automatic_storage(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kind(**options: int) -> type:
-        return type(load_images(source, storage="auto", **options).images)  # type: ignore[arg-type]
-
-    assert kind() is np.ndarray
-    needed = 21 * 51 * 51 * 3
-    module = import_module("fastscarce.data.load")
-    monkeypatch.setattr(module, "free_memory", lambda: 4 * needed)
-    assert kind() is np.ndarray
-    assert kind(processes=3) is np.memmap
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed}))
-    assert kind(processes=3) is OnDemand
-
-
-def test_memory_that_is_too_small_is_said(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("fastscarce.data.images"), "free_memory", lambda: 1000)
-    with pytest.raises(DataError, match=r"GiB of memory are free"):
-        load_images(source)
-
-
-def test_a_disk_that_is_too_small_is_said(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(DataError, match="set pool to off"):
-        load_images(source, storage="disk")
+def test_quarantine_is_a_table(tmp_path: Path) -> None:
+    odd = b"\xff.png".decode("utf-8", "surrogateescape")
+    failures = [
+        Failure(7, 'a "b", c.png', "first"),
+        Failure(-5, odd, "it is empty"),
+        Failure(7, 'a "b", c.png', "last"),
+    ]
+    write_quarantine(tmp_path / "quarantine.csv", failures)
+    with (tmp_path / "quarantine.csv").open(
+        encoding="utf-8", errors="surrogateescape", newline=""
+    ) as file:
+        assert list(csv.reader(file)) == [
+            ["id", "name", "reason"],
+            ["-5", odd, "it is empty"],
+            ["7", 'a "b", c.png', "last"],
+        ]
