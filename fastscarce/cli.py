@@ -191,6 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {_disk(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # PyTorch says that a worker died wherever the program is
+        from fastscarce.data.workers import explain
+
+        trouble = explain(error)
+        if trouble is None:
+            raise
+        print(f"error: {trouble} --resume goes on with what was saved.", file=sys.stderr)
+        return 2
 
 
 def _disk(error: OSError) -> str:
