@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "BenchDataConfig",
     "DataConfig",
     "DistillConfig",
     "FinetuneConfig",
@@ -296,6 +297,37 @@ class ShowAugmentConfig:
     seed: int = 0
     image_size: int | None = None
     flip: Literal["auto", "yes", "no"] = "auto"
+
+
+@dataclass
+class BenchDataConfig:
+    """Print images a second by stage (read, decode, augment, transfer, model), and the bottleneck.
+
+    Attributes:
+        data: As for training: `digits`, `folder:PATH`, `table:PATH` and so on.
+        image_size: Side in pixels that encoded images are brought to.
+        policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`.
+        batch_size: Images of a batch.
+        loader: Who decodes: `torch`, or `dali` (NVIDIA DALI, an extra).
+        workers: Processes that decode ahead, or threads of DALI.
+        model: The network.
+        seconds: Of each stage.
+        seed: Every draw follows from it.
+        cpu: Use the CPU even where there is a GPU.
+        threads: CPU threads of this process. `null` leaves PyTorch's choice.
+    """
+
+    data: str = "digits"
+    image_size: int = 224
+    policy: str = "randaugment(2, 9)+cutmix"
+    batch_size: int = 64
+    loader: Literal["torch", "dali"] = "torch"
+    workers: int = 2
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="resnet18"))
+    seconds: float = 3.0
+    seed: int = 0
+    cpu: bool = False
+    threads: int | None = None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

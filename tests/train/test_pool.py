@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +57,55 @@ def taken(settings: dict[str, Any], command: str) -> dict[str, Any]:
 
 
 def test_every_pool_ends_with_the_same_weights(
-    command: Any, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, photographs: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("FASTSCARCE_CACHE", str(tmp_path / "cache"))
     outcomes = []
-    for pool, workers in (("host", 0), ("disk", 0), ("off", 1)):
+    for pool, workers in (("host", 0), ("off", 1)):  # tests/data/test_pixels.py has the disk
         settings = taken(SETTINGS, "selftrain")
         settings |= {"data": f"folder:{photographs}", "pool": pool, "workers": workers}
         outcome = command("selftrain", tmp_path / pool, **settings)
         assert outcome.code == 0, outcome.err
         outcomes.append(outcome)
     assert all(same(outcome, outcomes[0]) for outcome in outcomes[1:])
-    assert any((tmp_path / "cache").rglob("*.npy"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_worker_that_dies_leaves_a_run_that_goes_on(
+    command: Any, photographs: Path, tmp_path: Path
+) -> None:
+    settings = taken(SETTINGS, "finetune")
+    settings |= {"data": f"folder:{photographs}", "pool": "off", "workers": 1}
+    settings |= {"checkpoint_every": 2, "training__steps": 40}
+    whole = command("finetune", tmp_path / "whole", **{**settings, "pool": "host"})
+
+    def children() -> set[int]:
+        found = set()
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rsplit(")", 1)[1].split()
+                if int(fields[1]) == os.getpid():
+                    found.add(int(stat.parent.name))
+        return found
+
+    others = children()
+
+    def kill() -> None:
+        checkpoint = tmp_path / "run" / "state" / "teacher.checkpoint.safetensors"
+        while not checkpoint.exists():
+            time.sleep(0.01)
+        for worker in children() - others:
+            os.kill(worker, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    died = command("finetune", tmp_path / "run", **settings)
+    killer.join()
+    assert died.code == 2
+    assert "A worker that decodes images ended" in died.err
+    assert (tmp_path / "run" / "state" / "teacher.checkpoint.safetensors").exists()
+    resumed = command("finetune", tmp_path / "run", **settings, resume=True)
+    assert resumed.code == 0, resumed.err
+    assert same(resumed, whole)
 
 
 def test_two_processes_train_from_files_by_dali(
