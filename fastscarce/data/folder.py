@@ -11,7 +11,7 @@ import numpy as np
 
 from fastscarce.data.decode import SUFFIXES
 from fastscarce.data.index import Arrays, Index, keep
-from fastscarce.data.source import UNLABELLED, Names, Positions, Source, identify
+from fastscarce.data.source import UNLABELLED, Names, Positions, Source, identify, printable
 from fastscarce.errors import DataError
 
 __all__ = ["FileReader", "open_folder"]
@@ -109,7 +109,8 @@ def open_folder(
 
 def _index(root: Path, unlabelled: Path | None, flat: bool) -> Index:
     classes, files = _list_flat(root) if flat else _list(root, unlabelled)
-    paths, keys = Names(files.paths), Names(files.keys)
+    paths, keys = Names(files.paths), Names(map(printable, files.keys))
+    names = Names(map(printable, classes))
     arrays: Arrays = {
         "paths": paths.block[0],
         "path_ends": paths.block[1],
@@ -118,8 +119,8 @@ def _index(root: Path, unlabelled: Path | None, flat: bool) -> Index:
         "ids": identify(files.keys),
         "labels": np.array(files.labels, dtype=np.int64),
         "is_test": np.array(files.tests, dtype=bool),
-        "classes": Names(classes).block[0],
-        "class_ends": Names(classes).block[1],
+        "classes": names.block[0],
+        "class_ends": names.block[1],
     }
     return Index(arrays, {}, files.folders)
 

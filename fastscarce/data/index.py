@@ -49,8 +49,9 @@ def cache_folder() -> Path:
     """Where indices are kept: ``$FASTSCARCE_CACHE``, or ``fastscarce`` in the user's cache."""
     own = os.environ.get("FASTSCARCE_CACHE")
     if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastscarce"
+        return Path(os.path.expanduser(own))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "fastscarce"
 
 
 def place_of(key: str, suffix: str) -> Path:

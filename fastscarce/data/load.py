@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fastscarce.augment.philox import keyed_order
-from fastscarce.data.decode import Header, decode, inspect
+from fastscarce.data.decode import decode, inspect
 from fastscarce.data.images import ImageSet, check_memory
 from fastscarce.data.source import Failure, Source
 from fastscarce.errors import DataError
@@ -17,6 +21,9 @@ __all__ = ["LARGEST_DEFAULT_SIZE", "ON_ERROR", "load_images"]
 
 ON_ERROR = ("raise", "skip", "replace")
 
+T = TypeVar("T")
+
+_CHUNK = 256  # samples held at a time while they are decoded
 _DRAW = 0x57A4D1  # the counter's word that sets these draws apart from a view's
 LARGEST_DEFAULT_SIZE = 224
 
@@ -109,12 +116,7 @@ def _decoded(
     source: Source, image_size: int | None, on_error: str
 ) -> tuple[npt.NDArray[np.uint8], dict[int, Failure]]:
     failures: dict[int, Failure] = {}
-    headers: list[Header] = []
-    for place, content in _contents(source, on_error, failures):
-        try:
-            headers.append(inspect(content))
-        except DataError as error:
-            _fail(source, place, str(error), on_error, failures)
+    headers = list(_each(source, inspect, on_error, failures))
     side = image_size or min(
         LARGEST_DEFAULT_SIZE, max((min(item.height, item.width) for item in headers), default=1)
     )
@@ -122,25 +124,38 @@ def _decoded(
     check_memory(source.name, (len(headers), side, side, 1 if grey else 3))
     images = np.empty((len(headers), side, side, 1 if grey else 3), dtype=np.uint8)
     row = 0
-    for place, content in _contents(source, on_error, failures):
-        try:
-            images[row] = decode(content, height=side, width=side, grey=grey)
-            row += 1
-        except DataError as error:
-            _fail(source, place, str(error), on_error, failures)
+    work = partial(decode, height=side, width=side, grey=grey)
+    for image in _each(source, work, on_error, failures):
+        images[row] = image
+        row += 1
     return images[:row], failures
 
 
-def _contents(
-    source: Source, on_error: str, failures: dict[int, Failure]
-) -> Iterator[tuple[int, bytes]]:
-    """Position and bytes of each sample that has not failed; one that can't be read fails."""
-    for place, content in source.contents():
+def _each(
+    source: Source, work: Callable[[bytes], T], on_error: str, failures: dict[int, Failure]
+) -> Iterator[T]:
+    """What comes of each sample that has not failed, in order; one that can't be had fails."""
+
+    def attempt(content: bytes | npt.NDArray[np.uint8] | Failure) -> T | str:
         if isinstance(content, Failure):
-            _fail(source, place, content.reason, on_error, failures)
-        elif place not in failures:
-            assert isinstance(content, bytes)
-            yield place, content
+            return content.reason
+        assert isinstance(content, bytes)
+        try:
+            return work(content)
+        except DataError as error:
+            return str(error)
+
+    # Pillow decodes and resizes outside of the interpreter's lock.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for start in range(0, len(source), _CHUNK):
+            places = range(start, min(start + _CHUNK, len(source)))
+            wanted = [place for place in places if place not in failures]
+            done = threads.map(attempt, source.read_each(wanted))
+            for place, result in zip(wanted, done, strict=True):
+                if isinstance(result, str):
+                    _fail(source, place, result, on_error, failures)
+                else:
+                    yield result
 
 
 def _fail(

@@ -12,7 +12,16 @@ import numpy.typing as npt
 
 from fastscarce.errors import DataError
 
-__all__ = ["UNLABELLED", "Failure", "Names", "Positions", "Reader", "Source", "identify"]
+__all__ = [
+    "UNLABELLED",
+    "Failure",
+    "Names",
+    "Positions",
+    "Reader",
+    "Source",
+    "identify",
+    "printable",
+]
 
 UNLABELLED = -1
 
@@ -39,6 +48,11 @@ def identify(keys: Iterable[str | bytes]) -> npt.NDArray[np.int64]:
         for key in keys
     )
     return np.frombuffer(digests, dtype="<i8").astype(np.int64)
+
+
+def printable(name: str) -> str:
+    """A file's name in which bytes that are no UTF-8 are written out, so that it can be printed."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Names(Sequence[str]):
@@ -68,6 +82,12 @@ class Names(Sequence[str]):
 
     def __len__(self) -> int:
         return int(self._ends.size)
+
+    def __iter__(self) -> Iterator[str]:
+        block, start = self._block.tobytes(), 0
+        for end in self._ends.tolist():
+            yield block[start:end].decode("utf-8", "surrogateescape")
+            start = end
 
     @overload
     def __getitem__(self, place: int) -> str: ...
