@@ -50,6 +50,11 @@ class DataConfig:
         flip: Whether a mirrored image keeps its label; `auto` asks the data set.
         on_error: What to do with an image that can't be read: `skip` leaves it out, `replace` puts
             another one of its label in its place, and `quarantine.csv` lists it.
+        pool: Where the decoded images lie: `device`, `host` (in memory), `disk` (a file beside the
+            cache, mapped into memory) or `off` (decoded each time); `auto` takes the first that
+            they fit in. The results are the same.
+        loader: Who decodes: `torch`, or `dali` (NVIDIA DALI, an extra).
+        workers: Processes that decode ahead, a stream of batches, or threads of DALI.
     """
 
     data: str = "digits"
@@ -64,6 +69,9 @@ class DataConfig:
     image_size: int | None = None
     flip: Literal["auto", "yes", "no"] = "auto"
     on_error: Literal["raise", "skip", "replace"] = "raise"
+    pool: Literal["auto", "device", "host", "disk", "off"] = "auto"
+    loader: Literal["torch", "dali"] = "torch"
+    workers: int = 2
 
 
 @dataclass

@@ -25,26 +25,22 @@ struct Kd {
     A *student, *teacher, *label;
     Statistics* statistics;
   };
-  // Whether a row of the gradient leaves while the next one is worked on. With AVX2's sixteen
-  // registers the two together are slower.
-  static bool leaves_late(const KdCall& call, int64_t chunks) {
-    return L >= 16 && chunks == 1 && call.stream && call.student.dtype == dtype_of<A>();
-  }
-  // A row of the gradient that is finished in L1 and leaves past the caches while the next row's
-  // exponentials are made, a line a vector: streamed in a crowd, lines are waited for.
+  // A chunk of the gradient that is finished in L1 and leaves past the caches while the
+  // exponentials of the next row's chunk are made, a line a vector: streamed in a crowd, lines are
+  // waited for.
   struct Pending {
-    alignas(64) A row[kChunk + 64 / sizeof(A)];
+    alignas(64) A chunk[kChunk + 64 / sizeof(A)];
     const A* from = nullptr;
     A* to = nullptr;
     int64_t at = 0, end = 0;
 
     ~Pending() { rest(); }
-    // Where to make the row, so that its lines lie as they do at `out`.
-    A* place(const A* out) { return row + reinterpret_cast<uintptr_t>(out) % 64 / sizeof(A); }
-    // What shares a line with a neighbouring row is stored: such a line is not made in one go.
+    // Where to make the chunk, so that its lines lie as they do at `out`.
+    A* place(const A* out) { return chunk + reinterpret_cast<uintptr_t>(out) % 64 / sizeof(A); }
+    // What shares a line with a neighbour is stored: such a line is not made in one go.
     void give(const A* made, A* out, int64_t n) {
       constexpr int64_t line = 64 / int64_t(sizeof(A));
-      const int64_t head = std::min((line - (made - row)) % line, n);
+      const int64_t head = std::min((line - (made - chunk)) % line, n);
       from = made, to = out, at = head, end = head + (n - head) / line * line;
       std::copy_n(made, head, out);
       std::copy_n(made + end, n - end, out + end);
@@ -280,6 +276,16 @@ struct Kd {
     });
   }
 
+  // Whether a row's gradient leaves while the next row is worked on. Not with AVX2, whose sixteen
+  // registers are too few for both, nor where the exponentials of two rows outgrow the second
+  // cache.
+  static bool leaves_late(const Setup& setup) {
+    return L >= 16 && setup.keep && setup.call.stream &&
+           setup.call.student.dtype == dtype_of<A>() &&
+           2 * place_size(setup) * int64_t(sizeof(A)) <= kTwoRowsBytes;
+  }
+  static constexpr int64_t kTwoRowsBytes = int64_t(256) << 10;
+
   // ---- one row
   static KdWeights<A> weights_of(const KdCall& call, const Label& label, int64_t row) {
     const double weight = call.weight ? double(call.weight[row]) : 1.0;
@@ -349,11 +355,12 @@ struct Kd {
 
   static void gradients(const Setup& setup, GradientFunction function, int64_t row, int64_t first,
                         int64_t last, const Label& label, const Coefficients& whole,
-                        const Statistics& statistics, const Kept& kept, Buffers& buffers) {
+                        const Statistics& statistics, const Kept& kept, Buffers& buffers,
+                        bool late = false) {
     const KdCall& call = setup.call;
     const Dtype dtype = call.student.dtype;
     char* const gradient = static_cast<char*>(call.gradient) + row * call.classes * size_of(dtype);
-    const bool direct = dtype == dtype_of<A>(), late = leaves_late(call, setup.chunks);
+    const bool direct = dtype == dtype_of<A>();
     for (int64_t k = first; k < last; ++k) {
       const int64_t from = k * setup.chunk;
       const int64_t n = std::min(setup.chunk, call.classes - from);
@@ -445,22 +452,43 @@ struct Kd {
     const Setup setup(call);
     const auto statistics_of = statistics_function(setup);
     const auto gradient_of = gradient_function(setup);
-    const Kept kept = place(setup, scratch(place_size(setup)));
+    const bool late = leaves_late(setup);
+    const int64_t size = (place_size(setup) + 15) / 16 * 16;
+    A* const memory = scratch((1 + late) * size);
+    struct Row {
+      int64_t row = -1;
+      Label label;
+      Coefficients c;
+      Statistics whole;
+      Kept kept;
+    } now, before;
+    now.kept = place(setup, memory);
+    before.kept = place(setup, memory + late * size);
     Buffers buffers;
+    const auto gradient = [&](const Row& of, int64_t first, int64_t last) {
+      gradients(setup, gradient_of, of.row, first, last, of.label, of.c, of.whole, of.kept, buffers,
+                late);
+    };
     for (int64_t row = begin; row < end; ++row) {
-      const Label label = label_of(call, row);
-      const KdWeights<A> w = weights_of(call, label, row);
-      if (label.outside || !counts(setup, w)) {
-        leave_out(call, row, label.outside);
+      now.label = label_of(call, row);
+      const KdWeights<A> w = weights_of(call, now.label, row);
+      if (now.label.outside || !counts(setup, w)) {
+        leave_out(call, row, now.label.outside);
         continue;
       }
-      statistics(setup, statistics_of, row, 0, setup.chunks, kept, buffers);
-      Statistics whole;
-      const Coefficients c = finish(setup, row, label, w, kept, whole);
-      static_cast<A*>(call.losses)[row] = c.loss;
-      if (setup.keep)
-        gradients(setup, gradient_of, row, 0, setup.chunks, label, c, whole, kept, buffers);
+      now.row = row;
+      for (int64_t k = 0; k < setup.chunks; ++k) {
+        if (before.row >= 0) gradient(before, k, k + 1);
+        statistics(setup, statistics_of, row, k, k + 1, now.kept, buffers);
+      }
+      now.c = finish(setup, row, now.label, w, now.kept, now.whole);
+      static_cast<A*>(call.losses)[row] = now.c.loss;
+      if (late)
+        std::swap(now, before);
+      else if (setup.keep)
+        gradient(now, 0, setup.chunks);
     }
+    if (before.row >= 0) gradient(before, 0, setup.chunks);
   }
 
   // ---- a few wide rows, cut into parts

@@ -8,6 +8,7 @@ from fastscarce.data.labels import relabel, write_split
 from fastscarce.data.load import load_images
 from fastscarce.data.loader import Loader, LoaderBatch
 from fastscarce.data.order import partner_ids
+from fastscarce.data.pixels import Decoder, OnDemand, Pixels
 from fastscarce.data.quarantine import write_quarantine
 from fastscarce.data.sampler import Sampler, SamplerBatch
 from fastscarce.data.source import Failure, Reader, Source
@@ -16,12 +17,15 @@ from fastscarce.data.splitting import Given, Split, split
 from fastscarce.data.stream import Stream, StreamBatch
 
 __all__ = [
+    "Decoder",
     "Failure",
     "Given",
     "Header",
     "ImageSet",
     "Loader",
     "LoaderBatch",
+    "OnDemand",
+    "Pixels",
     "Reader",
     "Sampler",
     "SamplerBatch",

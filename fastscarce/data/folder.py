@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fastscarce.data.decode import SUFFIXES
-from fastscarce.data.index import Arrays, Index, keep
+from fastscarce.data.index import Arrays, Index, keep, stamp_numbers
 from fastscarce.data.source import UNLABELLED, Names, Positions, Source, identify, printable
 from fastscarce.errors import DataError
 
@@ -41,6 +42,10 @@ class FileReader:
         return [
             _read_file(os.path.join(self.root, self.names[place])) for place in positions.tolist()
         ]
+
+    def stamps(self) -> npt.NDArray[np.uint64]:
+        """uint64 ``(n,)``: changes when a file does."""
+        return stamp_numbers(os.path.join(self.root, name) for name in self.names)
 
 
 def _read_file(path: str) -> bytes:

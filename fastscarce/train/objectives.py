@@ -1,7 +1,8 @@
 """What a step minimises: labels alone, or labels and a teacher's rows.
 
-An objective holds no state: its batch follows from the step. Rows are counted over all processes
-and every process has equally many, so the mean of the processes' means is the mean over the batch.
+An objective's batch follows from the step; all it holds is what was decoded ahead. Rows are counted
+over all processes and every process has equally many, so the mean of the processes' means is the
+mean over the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fastscarce.data import Stream
 from fastscarce.errors import ConfigError
 from fastscarce.ops import MixedTarget, kd_loss
 from fastscarce.pseudo import PseudoLabels
-from fastscarce.train.pool import Pool, Positions
+from fastscarce.train.pool import Feed, Pool, Positions
 from fastscarce.train.run import Run, derive_seed
 
 __all__ = ["SelfTraining", "Supervised"]
@@ -66,15 +67,16 @@ class Supervised:
         self._stream = _stream(
             run, "batch_size", pool, labelled, settings.batch_size, pairs=_mixes(settings)
         )
+        self._feed = Feed(pool, self._stream)
         self.rows = settings.batch_size
 
     def batch(
         self, model: nn.Module, step: int, piece: int, pieces: int
     ) -> tuple[Tensor, MixedTarget]:
         """Views, float32 ``(rows, C, H, W)``, and their labels."""
-        rows = self._stream.batch(step).piece(piece, pieces)
+        rows, taken = self._feed(step, piece, pieces)
         plan = self._pool.draw(rows.positions, self._policy, rows.view, rows.partners)
-        images = self._pool.carry_out(plan, rows.positions, model)
+        images = self._pool.carry_out(plan, taken, model)
         labels = self._pool.labels[torch.from_numpy(rows.positions).to(images.device)]
         return images, plan.mixed_target(labels)
 
@@ -82,6 +84,10 @@ class Supervised:
         """Mean cross entropy over the rows, float32 scalar in nats."""
         images, target = self.batch(model, step, piece, pieces)
         return kd_loss(model(images), None, target, label_smoothing=self._settings.label_smoothing)
+
+    def close(self) -> None:
+        """End the processes that decode ahead."""
+        self._feed.close()
 
 
 class SelfTraining:
@@ -120,21 +126,20 @@ class SelfTraining:
             settings.unlabelled_batch_size,
             pairs=_mixes(settings),
         )
+        self._feed = Feed(pool, self._stream)
         # A row a position of the pool, so that a batch's rows are one gather.
-        self._row = torch.full((len(pool.ids),), -1, dtype=torch.int64, device=pool.images.device)
-        self._row[torch.from_numpy(positions)] = torch.arange(
-            len(positions), device=pool.images.device
-        )
-        self._log_probs = torch.from_numpy(labels.log_probs).to(pool.images.device)
+        self._row = torch.full((len(pool.ids),), -1, dtype=torch.int64, device=pool.device)
+        self._row[torch.from_numpy(positions)] = torch.arange(len(positions), device=pool.device)
+        self._log_probs = torch.from_numpy(labels.log_probs).to(pool.device)
         self.rows = settings.batch_size + settings.unlabelled_batch_size
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Weighted sum of the two means, float32 scalar in nats."""
         settings = self._settings
         images, target = self._labelled.batch(model, step, piece, pieces)
-        batch = self._stream.batch(step).piece(piece, pieces)
+        batch, taken = self._feed(step, piece, pieces)
         plan = self._pool.draw(batch.positions, self._policy, batch.view, batch.partners)
-        others = self._pool.carry_out(plan, batch.positions, model)
+        others = self._pool.carry_out(plan, taken, model)
         device = others.device
         rows = self._log_probs[self._row[torch.from_numpy(batch.positions).to(device)]]
         teacher = mix_rows(rows, rows[plan.partner.to(device)], plan.lam.to(device))
@@ -143,6 +148,11 @@ class SelfTraining:
         label_loss = kd_loss(taught, None, target, label_smoothing=settings.label_smoothing)
         teacher_loss = kd_loss(learned, teacher, None, temperature=settings.temperature)
         return (1.0 - settings.alpha) * label_loss + settings.alpha * teacher_loss
+
+    def close(self) -> None:
+        """End the processes that decode ahead."""
+        self._labelled.close()
+        self._feed.close()
 
 
 def mix_rows(own: Tensor, other: Tensor, lam: Tensor) -> Tensor:

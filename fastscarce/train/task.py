@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,17 @@ import torch
 from torch import nn
 
 from fastscarce.config import DataConfig, LabelConfig, ModelConfig, StageConfig
-from fastscarce.data import Given, ImageSet, Split, load_images, open_source, relabel, split
+from fastscarce.data import (
+    Decoder,
+    Given,
+    ImageSet,
+    Split,
+    load_images,
+    open_source,
+    relabel,
+    split,
+)
+from fastscarce.data.load import Storage
 from fastscarce.errors import ModelError
 from fastscarce.models import create, freeze
 from fastscarce.pseudo import PseudoLabels, from_logits, select
@@ -24,6 +36,14 @@ HOLDOUT_FROM = 20
 HOLDOUT_PART = 5
 # Broken images that are named on the terminal; quarantine.csv names all.
 FAILURES_SAID = 10
+
+_STORAGE: dict[str, Storage] = {
+    "auto": "auto",
+    "device": "memory",
+    "host": "memory",
+    "disk": "disk",
+    "off": "off",
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +169,17 @@ def prepare(run: Run, config: DataConfig) -> Task:
     given = None
     if config.labels_file is not None:
         source, given = relabel(source, config.labels_file)
-    images = load_images(source, image_size=config.image_size, on_error=config.on_error)
+    # The main process writes a file of pixels, and the others map it.
+    turns = run.accelerator.main_process_first() if config.pool == "disk" else nullcontext()
+    with turns:
+        images = load_images(
+            source,
+            image_size=config.image_size,
+            on_error=config.on_error,
+            storage=_STORAGE[config.pool],
+            decoder=Decoder(config.loader, config.workers),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size)),
+        )
     holdout = _holdout_per_class(config, images, given)
     labels = config.labels_per_class
     parts = split(
@@ -166,5 +196,10 @@ def prepare(run: Run, config: DataConfig) -> Task:
         f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
     )
     _say_failures(run, images, config.on_error)
-    pool = Pool.of(images, seed=derive_seed(run.config.seed, "views"), device=run.device)
+    pool = Pool.of(
+        images,
+        seed=derive_seed(run.config.seed, "views"),
+        device=run.device,
+        kind=config.pool,
+    )
     return Task(run, images, parts, pool)

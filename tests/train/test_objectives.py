@@ -93,7 +93,7 @@ def test_student_loss_is_two_means(
     probabilities = torch.from_numpy(np.exp(labels.log_probs[rows].astype(np.float64)))
     if probability:
         plan = task.pool.draw(batch.positions, settings.augmentation, batch.view)
-        plain = task.pool.carry_out(plan, batch.positions, model)
+        plain = task.pool.carry_out(plan, task.pool.take(batch.positions), model)
         mixed = task.pool.draw(batch.positions, objective._policy, batch.view).table
         lam = torch.from_numpy(mixed["lam"].copy())
         partner = torch.arange(24) ^ 1
