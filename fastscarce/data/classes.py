@@ -11,7 +11,9 @@ import numpy.typing as npt
 from fastscarce.data.source import UNLABELLED
 from fastscarce.errors import DataError
 
-__all__ = ["name_numbers", "number_names", "read_names"]
+__all__ = ["CLASS_FILE", "name_numbers", "number_names", "read_names"]
+
+CLASS_FILE = "classes.txt"
 
 
 def number_names(
@@ -83,7 +85,7 @@ def read_names(folder: Path) -> tuple[str, ...] | None:
     Raises:
         DataError: The file can't be read, or has a name twice.
     """
-    path = folder / "classes.txt"
+    path = folder / CLASS_FILE
     if not path.is_file():
         return None
     try:

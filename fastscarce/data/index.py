@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastscarce.data.paths import is_remote, system_of
 from fastscarce.errors import FastscarceError
 from fastscarce.files import write_whole
 
@@ -70,12 +72,13 @@ def place_of(key: str, suffix: str) -> Path:
 
 
 def stamp(path: str) -> str:
-    """What changes when a file, a folder's list of names or a remote file changes; "" if absent."""
-    if "://" in path:
-        import fsspec
+    """What changes when a file, a remote file or a folder's list of names does.
 
-        system, inner = fsspec.core.url_to_fs(path)
-        with suppress(FileNotFoundError):
+    It is "" of a local file that isn't there, and where nothing can be said of a remote one.
+    """
+    if is_remote(path):
+        with suppress(Exception):  # each file system raises its own
+            system, inner = system_of(path)
             return str(system.ukey(inner))
         return ""
     try:
@@ -98,24 +101,46 @@ def keep(key: str, build: Callable[[], Index]) -> Index:
     found = _read(place)
     if found is not None:
         return found
-    started = time.time_ns()
-    index = build()
-    stamps = {path: stamp(path) for path in (*index.watched, *index.made)}
-    local = [int(stamps[path].split()[0]) for path in index.watched if _is_dated(path, stamps)]
-    if max(local, default=0) < started - _YOUNG:
-        with suppress(FastscarceError):
-            write_whole(place, lambda path: _write(path, index, stamps))
-    return index
+    with _alone(place):
+        # Another process of this run may have built it in the meantime.
+        found = _read(place)
+        if found is not None:
+            return found
+        started = time.time_ns()
+        index = build()
+        stamps = {path: stamp(path) for path in (*index.watched, *index.made)}
+        if all(_is_settled(path, stamps[path], started) for path in index.watched):
+            with suppress(FastscarceError):
+                write_whole(place, lambda path: _write(path, index, stamps))
+        return index
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Wait until no other process is at work on a file of the cache, where it can be written."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(place.with_suffix(".lock").open("wb"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_settled(path: str, text: str, started: int) -> bool:
+    """Whether a stamp would show the next change: not of a file that is just being written."""
+    if is_remote(path):
+        return bool(text)
+    return not text or int(text.split()[0]) < started - _YOUNG
 
 
 def stamp_numbers(paths: Iterable[str]) -> npt.NDArray[np.uint64]:
     """uint64, one a local path or URL: changes when the file does; 0 where it can't be trusted."""
-    newest = time.time_ns() - _YOUNG
+    now = time.time_ns()
     found = []
     for path in paths:
         text = stamp(path)
-        old = bool(text) and ("://" in path or int(text.split()[0]) < newest)
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest() if old else b""
+        good = bool(text) and _is_settled(path, text, now)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest() if good else b""
         found.append(int.from_bytes(digest, "little"))
     return np.array(found, dtype=np.uint64)
 
@@ -146,10 +171,6 @@ def keep_digests(
         with suppress(FastscarceError):
             write_whole(place, lambda path: _write(path, index, {}))
     return found
-
-
-def _is_dated(path: str, stamps: dict[str, str]) -> bool:
-    return bool(stamps[path]) and "://" not in path
 
 
 def _write(path: Path, index: Index, stamps: dict[str, str]) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fastscarce.data.classes import name_numbers, number_names, read_names
+from fastscarce.data.classes import CLASS_FILE, name_numbers, number_names, read_names
 from fastscarce.data.folder import FileReader
 from fastscarce.data.index import Arrays, Index, keep, place_of
-from fastscarce.data.paths import expand, mark_test
+from fastscarce.data.paths import expand, is_remote, mark_test
 from fastscarce.data.ranges import RangeReader
 from fastscarce.data.source import UNLABELLED, Names, Source, identify
 from fastscarce.data.tabular import (
@@ -80,6 +80,8 @@ def open_table(
     Raises:
         DataError: A file or a column is missing or unreadable, or a value makes no sense.
     """
+    if is_remote(pattern):
+        raise DataError(f"A table must be a local file, got {pattern}; fetch it first.")
     files = expand(pattern, (*PARQUET, *TEXT))
     for path in files:
         if not path.lower().endswith((*PARQUET, *TEXT)):
@@ -153,7 +155,8 @@ def _index(
             f"{unlabelled} images of the test split have no label; name the files without them, or"
             " give them labels."
         )
-    return Index(arrays, {"classes": list(classes)}, list(files), made)
+    watched = [*files, os.path.join(os.path.dirname(files[0]), CLASS_FILE)]
+    return Index(arrays, {"classes": list(classes)}, watched, made)
 
 
 def _choose(

@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from fastscarce.data.classes import number_names, read_names
+from fastscarce.data.classes import CLASS_FILE, number_names, read_names
 from fastscarce.data.decode import SUFFIXES
 from fastscarce.data.index import Arrays, Index, keep
 from fastscarce.data.paths import expand, is_remote, mark_test, open_file
@@ -124,7 +124,10 @@ def _index(places: Sequence[str], image_key: str | None, label_key: str | None) 
         "start": np.array(found.start, dtype=np.int64),
         "size": np.array(found.size, dtype=np.int64),
     }
-    return Index(arrays, {"classes": list(classes)}, places)
+    watched = [*places]
+    if not is_remote(places[0]):
+        watched.append(os.path.join(os.path.dirname(places[0]), CLASS_FILE))
+    return Index(arrays, {"classes": list(classes)}, watched)
 
 
 def _scan(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,16 +82,36 @@ def test_built_once_until_something_changes(tmp_path: Path) -> None:
     assert build.calls == 6
 
 
+def test_processes_that_open_at_once_build_once(tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    watched.write_text("a", encoding="utf-8")
+    age(watched)
+
+    def slow() -> Index:
+        time.sleep(0.3)
+        return Index({"a": np.zeros(1)}, {}, [str(watched), str(tmp_path / "not there")])
+
+    build = Counted(slow)
+    threads = [threading.Thread(target=keep, args=("key", build)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert build.calls == 1
+    (tmp_path / "not there").write_text("now it is", encoding="utf-8")
+    keep("key", build)
+    assert build.calls == 2
+
+
 def test_a_broken_or_an_unwritable_index_is_built_anew(tmp_path: Path, cache: Path) -> None:
     build = Counted(lambda: Index({"a": np.zeros(1)}, {}, []))
     keep("key", build)
-    (kept,) = (cache / "index").iterdir()
+    (kept,) = (cache / "index").glob("*.npz")
     kept.write_bytes(kept.read_bytes()[:-30])
     keep("key", build)
     keep("key", build)
     assert build.calls == 2
-    kept.unlink()
-    (cache / "index").rmdir()
+    shutil.rmtree(cache / "index")
     (cache / "index").write_text("no folder", encoding="utf-8")
     keep("key", build)
     assert build.calls == 3
