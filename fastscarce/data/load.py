@@ -44,9 +44,10 @@ def load_images(
 
     Args:
         source: Where the samples come from.
-        image_size: Height and width in pixels of encoded images, whose shorter side is resized to
-            it and whose centre is cropped. By default the images' own where all are square, of one
-            size and at most 224; else the largest shorter side, at most 224. Arrays keep theirs.
+        image_size: Height and width in pixels: the shorter side is resized to it, the centre
+            cropped. By default that of arrays, which need not be square, and of encoded images
+            their own where all are square, of one size and at most 224; else the largest shorter
+            side, at most 224.
         on_error: What to do about a sample that can't be read or decoded. ``raise``; ``skip``
             leaves it out; ``replace`` gives it the pixels of another one of its label, chosen by
             its id, of the same split.
@@ -65,12 +66,13 @@ def load_images(
         )
     if image_size is not None and image_size < 1:
         raise DataError(f"The image size must be at least 1 pixel, got {image_size}.")
-    if not source.encoded and image_size is not None:
-        raise DataError(
-            f"image_size is for encoded images, but {source.name} holds arrays; leave it out."
-        )
     work = _Work(source, on_error, decoder or Decoder(), {})
-    shape = source.shape or work.look(image_size)
+    if source.shape is None:
+        shape = work.look(image_size)
+    elif image_size is None:
+        shape = source.shape
+    else:
+        shape = (image_size, image_size, source.shape[2])
     images: Pixels
     chosen = _storage(source, storage, (len(source), *shape), processes)
     if chosen == "memory":
@@ -137,7 +139,7 @@ class _Work:
 
     def in_memory(self, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
         """All images in one array."""
-        if not self.source.encoded:
+        if shape == self.source.shape:
             content = self.source.read(np.arange(len(self.source)))
             assert isinstance(content, np.ndarray)
             return content

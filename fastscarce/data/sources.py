@@ -103,7 +103,7 @@ def load(
         image_key: Of images.
         label_key: Of labels.
         id_key: Of ids.
-        image_size: Height and width in pixels that encoded images are brought to.
+        image_size: Height and width in pixels that images are brought to.
         flip: Whether a mirrored image keeps its label.
         on_error: ``raise``, ``skip`` or ``replace``: what to do about an image that can't be
             decoded; see `load_images`.

@@ -134,7 +134,8 @@ def _scan(
     path: str, number: int, found: _Shards, image_key: str | None, label_key: str | None
 ) -> None:
     extension, _, inner = (label_key or LABEL_KEY).partition(".")
-    wanted = (image_key,) if image_key else tuple(suffix[1:] for suffix in sorted(SUFFIXES))
+    extension = extension.lower()
+    wanted = (image_key.lower(),) if image_key else tuple(suffix[1:] for suffix in sorted(SUFFIXES))
     before: str | None = None
     image: tuple[int, int] | None = None
     word: str | None = None
@@ -154,7 +155,7 @@ def _scan(
                 before, image, word = key, None, None
             if kind in wanted and image is None:
                 image = (member.offset_data, member.size)
-            elif kind == (label_key or LABEL_KEY):
+            elif kind == (label_key or LABEL_KEY).lower():
                 word = _word(path, file, member, "")
             elif inner and kind == extension:
                 word = _word(path, file, member, inner)

@@ -104,3 +104,13 @@ def test_missing_and_no_array(tmp_path: Path) -> None:
     (tmp_path / "images.npy").write_bytes(b"no array")
     with pytest.raises(DataError, match=r"images\.npy is no array"):
         open_source(f"arrays:{tmp_path / 'images.npy'}")
+
+
+def test_the_centre_of_what_is_not_square(tmp_path: Path) -> None:
+    wide = np.zeros((4, 6, 10), dtype=np.uint8)
+    wide[:, :, 2:8] = 200
+    np.savez(tmp_path / "s.npz", images=wide, labels=[0, 1, 0, 1])
+    assert load(f"arrays:{tmp_path / 's.npz'}").images.shape == (4, 6, 10, 1)
+    square = load(f"arrays:{tmp_path / 's.npz'}", image_size=6).images
+    assert square.shape == (4, 6, 6, 1)
+    assert (square == 200).all()

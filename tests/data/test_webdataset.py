@@ -38,7 +38,7 @@ def test_shards(tmp_path: Path, scans: list[Any], levels: np.ndarray, write_tar:
     source = pickle.loads(pickle.dumps(open_source(f"webdataset:{tmp_path}")))
     assert source.name_of(6) == "set/6"
     assert source.read([6, 1]) == [scans[6][1], scans[1][1]]
-    again = open_source(f"webdataset:{tmp_path}", label_key="json.about.kind")
+    again = open_source(f"webdataset:{tmp_path}", label_key="JSON.about.kind", image_key="PNG")
     assert again.classes == ("k0", "k1", "k2")
     assert again.ids.tolist() == source.ids.tolist()
 
