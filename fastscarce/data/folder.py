@@ -135,12 +135,11 @@ def _list(root: Path, unlabelled: Path | None) -> tuple[list[str], _Listing]:
         raise DataError(f"The image folder {root} does not exist; check the path after 'folder:'.")
     files = _Listing()
     classes = _class_folders(root)
-    for label, name in enumerate(classes):
-        _add(files, root, name, label)
+    empty = [name for label, name in enumerate(classes) if not _add(files, root, name, label)]
     _list_test(files, root, classes)
     for name in UNLABELLED_NAMES:
         if (root / name).is_dir():
-            _add(files, root, name, UNLABELLED, may_be_empty=True)
+            _add(files, root, name, UNLABELLED)
     # Walked as far as its own names, for the list of which the index watches it.
     for name in next(_walk(str(root), "", files))[1]:
         files.add(name, name, UNLABELLED)
@@ -149,6 +148,8 @@ def _list(root: Path, unlabelled: Path | None) -> tuple[list[str], _Listing]:
             f"{root} has no images; put each class's images in a sub-folder named after it"
             f" ({', '.join(sorted(SUFFIXES))})."
         )
+    if empty:
+        raise DataError(_without_images(root / empty[0]))
     if unlabelled is not None:
         if not unlabelled.is_dir():
             raise DataError(f"The folder of unlabelled images {unlabelled} does not exist.")
@@ -160,7 +161,8 @@ def _list_flat(root: Path) -> tuple[list[str], _Listing]:
     if not root.is_dir():
         raise DataError(f"The folder of unlabelled images {root} does not exist.")
     files = _Listing()
-    _add(files, root, "", UNLABELLED)
+    if not _add(files, root, "", UNLABELLED):
+        raise DataError(_without_images(root))
     return [], files
 
 
@@ -175,7 +177,9 @@ def _list_test(files: _Listing, root: Path, classes: list[str]) -> None:
                 f"{folder / name} is no class of {root}, which has {', '.join(classes) or 'none'};"
                 " rename or remove the folder."
             )
-        _add(files, root, f"{TEST_NAME}/{name}", classes.index(name), test=True)
+        inner = f"{TEST_NAME}/{name}"
+        if not _add(files, root, inner, classes.index(name), test=True):
+            raise DataError(_without_images(root / inner))
     files.folders.append(str(folder))
     if len(files.keys) == before:
         raise DataError(f"{folder} has no images; put them in class sub-folders or remove it.")
@@ -190,24 +194,15 @@ def _class_folders(root: Path) -> list[str]:
     )
 
 
-def _add(
-    files: _Listing,
-    root: Path,
-    name: str,
-    label: int,
-    *,
-    test: bool = False,
-    may_be_empty: bool = False,
-) -> None:
-    """List the images at any depth below a sub-folder of the root."""
+def _add(files: _Listing, root: Path, name: str, label: int, *, test: bool = False) -> bool:
+    """List the images at any depth below a sub-folder of the root; whether there are any."""
     before = len(files.keys)
     above = tuple(os.path.realpath(root / parent) for parent in Path(name).parents)
     for inner, names in _walk(str(root / name), name, files, above):
         for image in names:
             path = f"{inner}/{image}" if inner else image
             files.add(path, path, label, test=test)
-    if len(files.keys) == before and not may_be_empty:
-        raise DataError(f"The folder {root / name} has no images; add some or remove the folder.")
+    return len(files.keys) > before
 
 
 def _add_others(files: _Listing, folder: Path) -> None:
@@ -225,7 +220,11 @@ def _add_others(files: _Listing, folder: Path) -> None:
                 key = f"{inner}/{name}" if inner else name
                 files.add(path, f"unlabelled:{key}", UNLABELLED)
     if not found:
-        raise DataError(f"The folder {folder} has no images; add some or remove the folder.")
+        raise DataError(_without_images(folder))
+
+
+def _without_images(folder: Path) -> str:
+    return f"The folder {folder} has no images; add some or remove the folder."
 
 
 def _parent(path: str) -> str:
