@@ -5,7 +5,7 @@ photographs and written as every kind of data. Batches of 256 are read in one ke
 one process; the kinds take turns (A B C A B C ...), and the table holds medians of images a second
 and their ratio to files. The files were just written, so that the system has them in memory: what
 is timed is the way to a sample, not the disk. "Decoded" is reading, and decoding and scaling to
-224x224 by Pillow, of batches of 32.
+224x224 in the same process, of batches of 32.
 
 The second table is of a folder of many empty files: listed for the first time, opened again with
 the list that was kept, and opened after one file came in.
