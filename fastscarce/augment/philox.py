@@ -128,10 +128,12 @@ def words64(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, draw: int) ->
     return words[:, 0] | (words[:, 1] << _HALF)
 
 
-def keyed_order(seed: int, ids: npt.ArrayLike, *, view: int, draw: int) -> npt.NDArray[np.int64]:
+def keyed_order(
+    seed: int, ids: npt.ArrayLike, *, view: npt.ArrayLike, draw: int
+) -> npt.NDArray[np.int64]:
     """Places of ``ids`` in the order of their keyed hash: a permutation that forgets the listing.
 
-    Equal hashes (one in 2**64) are ordered by id.
+    ``view`` is one number, or one a row. Equal hashes (one in 2**64) are ordered by id.
     """
     places = np.asarray(ids, dtype=np.int64)
     return np.lexsort((places, words64(seed, places, view, draw=draw))).astype(np.int64)

@@ -11,6 +11,7 @@ from typing import Any
 
 import bench_kd_loss
 import bench_losses
+import bench_sources
 import harness
 import plot_kd_loss
 import pytest
@@ -215,3 +216,22 @@ def test_replayed_graphs_and_peaks_on_a_gpu() -> None:
     assert harness.peak_of(step, "cuda") == pytest.approx(4 * 64 * 1000 / 2**20, abs=0.1)
     assert harness.milliseconds(step, "cuda") > 0
     assert harness.place("cuda").startswith("cuda-sm")
+
+
+def test_sources_are_read_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTSCARCE_CACHE", str(tmp_path))  # put back at the end
+    monkeypatch.setattr(bench_sources, "DECODED", 2)
+    kinds = bench_sources.sources(12)
+    contents = {
+        kind: sorted(content for _, content in source.contents()) for kind, source in kinds.items()
+    }
+    assert all(found == contents["folder"] for found in contents.values())
+    results, index = bench_sources.measure(12, 0.0), bench_sources.measure_index(30)
+    assert index["files"] == 30
+    assert index["again"] > 0
+    bench_sources.print_tables(results, index)
+    printed = capsys.readouterr().out
+    assert printed.count("| 1.00 |") >= 2
+    assert all(f"| {kind} |" in printed for kind in bench_sources.KINDS)

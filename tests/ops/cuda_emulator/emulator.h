@@ -74,6 +74,10 @@ void set_order(unsigned seed);
 void set_clusters(bool has);
 bool has_clusters();
 
+// Bytes that kernels loaded, of those loads they want counted.
+void count_loaded(size_t bytes);
+uint64_t loaded();
+
 // ---- what a running thread asks for
 enum class Operation { shuffle, ballot, warp_barrier, block_barrier, block_and, cluster_barrier };
 // Meets the others of the mask (the block, the cluster), gives them `value`, and takes the value of
@@ -156,6 +160,8 @@ void __stwb(T* at, T value) {
 // ---- arithmetic
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline double __longlong_as_double(int64_t x) { return std::bit_cast<double>(x); }
 inline int64_t __double_as_longlong(double x) { return std::bit_cast<int64_t>(x); }
 // Not inlined: a product that no addition is joined to.
 float __fmul_rn(float a, float b);
