@@ -80,7 +80,7 @@ def view_numbers(view: npt.ArrayLike | int, rows: int) -> tuple[np.uint64, npt.N
     numbers = np.asarray(view, dtype=np.int64)
     if numbers.shape not in ((), (rows,)):
         raise ValueError(f"draw needs one view number, or one a row ({rows}), got {numbers.shape}.")
-    if np.any(numbers >> 32):  # also of a negative number
+    if int(np.bitwise_or.reduce(numbers, axis=None)) >> 32:  # also of a negative number
         raise ValueError(
             f"A view must be from 0 to 4294967295, got {int(numbers.min())} to"
             f" {int(numbers.max())}."
