@@ -222,8 +222,8 @@ struct Divergences {
         for (int64_t i = from; i < std::min(from + kPiece, r.padded); i += L) {
           const V x = (V::load(r.student + i) - top_s) * rate_s;
           const V y = (V::load(r.teacher + i) - top_t) * rate_t;
-          const Mixture<V> m = mixture<Name, V>(share, x, y, V::load(r.e + i) * inverse_s,
-                                                V::load(r.z + i) * inverse_t, log_s, log_t);
+          const Mixture<V> m = mixture(Name, share, x, y, V::load(r.e + i) * inverse_s,
+                                       V::load(r.z + i) * inverse_t, log_s, log_t);
           m.z.store(r.z + i);
           teacher_part = teacher_part + m.from_teacher;
           student_part = student_part + m.from_student;
@@ -231,7 +231,7 @@ struct Divergences {
         from_teacher += double(sum_of(teacher_part));
         from_student += double(sum_of(student_part));
       }
-      d = finish_mixture<Name, A>(A(call.first), student_sum, A(from_teacher), A(from_student));
+      d = finish_mixture(Name, A(call.first), student_sum, A(from_teacher), A(from_student));
     }
     if (confidence < A(call.threshold)) {
       d = no_divergence(A(0));
@@ -277,7 +277,7 @@ struct Divergences {
     }
     const Dtype dtype = call.student.dtype;
     char* const gradient = static_cast<char*>(call.gradient) + row * r.classes * size_of(dtype);
-    Body::put(r.student, gradient, dtype, r.classes, call.stream);
+    put<V>(r.student, gradient, dtype, r.classes, call.stream);
   }
 
   template <int Name>

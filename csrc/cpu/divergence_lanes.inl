@@ -195,13 +195,13 @@ struct DivergenceLanes {
           const V x = (V::load(b.student + c * L) - student_max) * rate;
           const V y = (V::load(b.teacher + c * L) - teacher_max) * rate;
           const Mixture<V> m =
-              mixture<Name, V>(share, x, y, V::load(b.student_exp + c * L) * inverse_s,
-                               V::load(b.teacher_exp + c * L) * inverse_t, log_s, log_t);
+              mixture(Name, share, x, y, V::load(b.student_exp + c * L) * inverse_s,
+                      V::load(b.teacher_exp + c * L) * inverse_t, log_s, log_t);
           m.z.store(b.teacher_exp + c * L);
           from_teacher = from_teacher + m.from_teacher;
           from_student = from_student + m.from_student;
         }
-        d = finish_mixture<Name, V>(share, student_sum, from_teacher, from_student);
+        d = finish_mixture(Name, share, student_sum, from_teacher, from_student);
       }
       // No finite teacher logit: nothing to learn. None of the student: infinite.
       d = divergence_where(select(teacher_sum, student_sum, zero), d,

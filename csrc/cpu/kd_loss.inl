@@ -8,8 +8,8 @@
 // e^s = (e^(s/T))^T, any other T takes a third. DRAM traffic is the least there is: student and
 // teacher read once, the gradient written once (past the caches where the call asks).
 //
-// Included inside the namespace of an instruction set, after kd_row.h, a vec_*.inl, convert.inl and
-// kd_label.inl.
+// Included inside the namespace of an instruction set, after kd_row.h, a vec_*.inl, convert.inl,
+// kd_label.inl, kd_scale.inl and pending.inl.
 
 template <class V, class Exponential>
 struct Kd {
@@ -25,33 +25,9 @@ struct Kd {
     A *student, *teacher, *label;
     Statistics* statistics;
   };
-  // A chunk of the gradient that is finished in L1 and leaves past the caches while the
-  // exponentials of the next row's chunk are made, a line a vector: streamed in a crowd, lines are
-  // waited for.
-  struct Pending {
-    alignas(64) A chunk[kChunk + 64 / sizeof(A)];
-    const A* from = nullptr;
-    A* to = nullptr;
-    int64_t at = 0, end = 0;
-
-    ~Pending() { rest(); }
-    // Where to make the chunk, so that its lines lie as they do at `out`.
-    A* place(const A* out) { return chunk + reinterpret_cast<uintptr_t>(out) % 64 / sizeof(A); }
-    // What shares a line with a neighbour is stored: such a line is not made in one go.
-    void give(const A* made, A* out, int64_t n) {
-      constexpr int64_t line = 64 / int64_t(sizeof(A));
-      const int64_t head = std::min((line - (made - chunk)) % line, n);
-      from = made, to = out, at = head, end = head + (n - head) / line * line;
-      std::copy_n(made, head, out);
-      std::copy_n(made + end, n - end, out + end);
-    }
-    void rest() {
-      for (; at < end; at += L) V::load(from + at).stream(to + at);
-    }
-  };
   struct Buffers {
     alignas(64) A student[kChunk], teacher[kChunk], out[kChunk];
-    Pending pending;
+    Pending<V> pending;
   };
 
   struct Setup {
@@ -102,7 +78,7 @@ struct Kd {
   template <int Power, bool Teacher, bool Keep, bool Sum = false>
   static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
                                      A* student_kept, A* teacher_kept, A* label_kept,
-                                     Pending& pending) {
+                                     Pending<V>& pending) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
     V student_top(lowest), teacher_top(lowest);
@@ -232,7 +208,7 @@ struct Kd {
   }
 
   using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*,
-                                            Pending&);
+                                            Pending<V>&);
   using GradientFunction = void (*)(const Coefficients&, const A*, const A*, const A*, int64_t, A*,
                                     bool);
 
@@ -401,19 +377,6 @@ struct Kd {
     }
   }
 
-  // A finished chunk of the gradient, past the caches where that is asked for.
-  static void put(const A* from, char* to, Dtype dtype, int64_t n, bool stream) {
-    constexpr int64_t bytes = L * int64_t(sizeof(A));
-    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(to) % bytes);
-    const int64_t head = past ? (bytes - past) / int64_t(sizeof(A)) : 0;
-    if (!stream || dtype != dtype_of<A>() || n < head + L) return write_as(from, to, dtype, n);
-    A* const out = reinterpret_cast<A*>(to);
-    write_as(from, to, dtype, head);
-    int64_t i = head;
-    for (; i + L <= n; i += L) V::load(from + i).stream(out + i);
-    write_as(from + i, out + i, dtype, n - i);
-  }
-
   // A row that carries no weight or whose label is outside the classes: no gradient; 0 or NaN.
   static void leave_out(const KdCall& call, int64_t row, bool outside) {
     static_cast<A*>(call.losses)[row] = outside ? A(NAN) : A(0);
@@ -530,31 +493,13 @@ struct Kd {
     }
   }
 
-  // ---- the backward pass
-  static void scale(Dtype dtype, const void* gradient, void* out, int64_t classes, double factor,
-                    const void* row_factor, int64_t begin, int64_t end) {
-    const Matrix matrix{gradient, classes, dtype};
-    Buffers buffers;
-    for (int64_t row = begin; row < end; ++row) {
-      const A by = A(row_factor ? factor * double(static_cast<const A*>(row_factor)[row]) : factor);
-      for (int64_t from = 0; from < classes; from += kChunk) {
-        const int64_t n = std::min(kChunk, classes - from);
-        const A* g = read_row<A>(matrix, row, from, n, buffers.student);
-        char* to = static_cast<char*>(out) + (row * classes + from) * size_of(dtype);
-        A* product = dtype == dtype_of<A>() ? reinterpret_cast<A*>(to) : buffers.out;
-        for (int64_t i = 0; i < n; ++i) product[i] = g[i] * by;
-        if (product == buffers.out) write_as(product, to, dtype, n);
-      }
-    }
-  }
-
   static KdKernels kernels() {
     return {&totals,
             &rows,
             &workspace_bytes,
             &part_statistics,
             &part_gradients,
-            &scale,
+            &scale_gradient<A>,
             &Divergences<V, Exponential>::rows,
             &TopKRows<V, Exponential>::rows};
   }

@@ -296,7 +296,7 @@ struct TopKRows {
       if (late)
         buffers.pending.give(out, place, n);
       else if (!direct)
-        Body::put(out, gradient + from * size_of(dtype), dtype, n, call.stream);
+        put<V>(out, gradient + from * size_of(dtype), dtype, n, call.stream);
     }
   }
 

@@ -1,17 +1,19 @@
 // DIST and its gradient on a GPU. Shapes and terms: csrc/math/dist.h.
 //
 // Five kernels, because the slope of a column wants every row of it: statistics and 1 - rho of the
-// rows (a block a row); sums over pieces of the columns (a block a piece of 32 columns, whose
-// threads share the rows); the columns, from their pieces in order; the gradient (a block a row);
-// the loss. Exponentials are made again where they are wanted, so that nothing of the size of the
-// logits is written but the gradient. Every sum has a fixed order: no atomics, no host
-// synchronisation, bitwise repeatable, and capturable in a graph.
+// rows; sums over pieces of the columns (a block a piece of 32 columns, whose threads share the
+// rows); the columns, from their pieces in order; the gradient of the rows; the loss. Each of the
+// three that see the logits reads them once (rows: held_rows.cuh). Exponentials are made again
+// where they are wanted, so that nothing of the size of the logits is written but the gradient.
+// Every sum has a fixed order: no atomics, no host synchronisation, bitwise repeatable, and
+// capturable in a graph.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 
 #include "device.cuh"
@@ -26,6 +28,9 @@ namespace {
 #include "../math/kd_row.h"
 #include "../math/dist.h"
 #include "block.cuh"
+#include "chunks.cuh"
+#include "exponential.cuh"
+#include "held_rows.cuh"
 // clang-format on
 
 constexpr int kColumns = 32;                    // of a block that sums columns
@@ -37,7 +42,8 @@ template <class A>
 struct Call {
   int64_t rows, classes, piece, pieces;
   Matrix student, teacher;
-  A rate;  // 1 / T
+  double rate;  // 1 / T
+  int room;     // of HeldRows
   DistFactors factors;
   bool inter, intra;
   DistRow<A>* kept;       // (rows,)
@@ -52,58 +58,81 @@ struct Call {
 __device__ inline float probability(float e, float inverse) { return __fmul_rn(e, inverse); }
 __device__ inline double probability(double e, double inverse) { return __dmul_rn(e, inverse); }
 
+// One for all kernels, whatever the dtype of the logits: the same number wherever it is made.
 template <class A>
-__device__ inline A probability_at(const Matrix& matrix, int64_t row, int64_t i, A top, A inverse,
-                                   A rate) {
-  return probability(exponential((element<A>(matrix, row, i) - top) * rate), inverse);
+using Exponential = typename ExponentialOf<A>::type;
+
+// Sums of exponentials of a row, as what a probability is multiplied by.
+template <class A>
+__device__ inline A inverse_of(A sum) {
+  return sum == A(0) ? A(0) : A(1) / sum;
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) dist_rows_kernel(const Call<A> call) {
-  for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
-    A student_max = A(-INFINITY), teacher_max = A(-INFINITY);
-    for (int64_t i = threadIdx.x; i < call.classes; i += kThreads) {
-      student_max = maximum(student_max, element<A>(call.student, row, i));
-      teacher_max = maximum(teacher_max, element<A>(call.teacher, row, i));
-    }
-    student_max = maximum_over_block(student_max);
-    teacher_max = maximum_over_block(teacher_max);
-    if (student_max == A(-INFINITY)) student_max = A(0);
-    if (teacher_max == A(-INFINITY)) teacher_max = A(0);
-    A student_sum = A(0), teacher_sum = A(0);
-    for (int64_t i = threadIdx.x; i < call.classes; i += kThreads) {
-      student_sum += exponential((element<A>(call.student, row, i) - student_max) * call.rate);
-      teacher_sum += exponential((element<A>(call.teacher, row, i) - teacher_max) * call.rate);
-    }
-    student_sum = sum_over_block(student_sum);
-    teacher_sum = sum_over_block(teacher_sum);
-    const A student_inverse = student_sum == A(0) ? A(0) : A(1) / student_sum;
-    const A teacher_inverse = teacher_sum == A(0) ? A(0) : A(1) / teacher_sum;
+__device__ inline A finite_top(A top) {
+  return top == A(-INFINITY) ? A(0) : top;
+}
+
+template <class Rows>
+__global__ void __launch_bounds__(kThreads, Rows::blocks)
+    dist_rows_kernel(const Call<typename Rows::A> call) {
+  using A = typename Rows::A;
+  constexpr int n = Rows::n;
+  struct Both {
+    A student, teacher;
+  };
+  const Exponential<A> at_temperature(call.rate);
+  Rows held(call.student, call.teacher, nullptr, call.classes, call.room);
+  for (int64_t row = held.from_row(); row < call.rows; row += held.row_step()) {
+    held.place(row);
+    Both top = {A(-INFINITY), A(-INFINITY)};
+    held.first_sweep([&](int, const A(&s)[n], const A(&t)[n]) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        top.student = maximum(top.student, s[j]);
+        top.teacher = maximum(top.teacher, t[j]);
+      }
+    });
+    top = held.group.reduce(top, [](const Both& a, const Both& b) {
+      return Both{maximum(a.student, b.student), maximum(a.teacher, b.teacher)};
+    });
+    top = {finite_top(top.student), finite_top(top.teacher)};
+    A sums[] = {A(0), A(0)};
+    held.sweep([&](int, const A(&s)[n], const A(&t)[n]) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        sums[0] += at_temperature(s[j] - top.student);
+        sums[1] += at_temperature(t[j] - top.teacher);
+      }
+    });
+    held.group.sum(sums);
+    const A student_inverse = inverse_of(sums[0]), teacher_inverse = inverse_of(sums[1]);
     const A student_mean = dist_row_mean(student_inverse, A(call.classes));
     const A teacher_mean = dist_row_mean(teacher_inverse, A(call.classes));
-    A student_square = A(0), teacher_square = A(0), product = A(0);
-    for (int64_t i = threadIdx.x; i < call.classes; i += kThreads) {
-      const A x = probability_at(call.student, row, i, student_max, student_inverse, call.rate) -
-                  student_mean;
-      const A y = probability_at(call.teacher, row, i, teacher_max, teacher_inverse, call.rate) -
-                  teacher_mean;
-      student_square += x * x;
-      teacher_square += y * y;
-      product += x * y;
-    }
-    student_square = sum_over_block(student_square);
-    teacher_square = sum_over_block(teacher_square);
-    product = sum_over_block(product);
-    if (threadIdx.x != 0) continue;
-    const Pearson rho = pearson(student_square, teacher_square, product);
+    A squares[] = {A(0), A(0), A(0)};  // the third: products
+    held.sweep([&](int from, const A(&s)[n], const A(&t)[n]) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if (from + j < 0 || from + j >= held.classes) continue;
+        const A x = probability(at_temperature(s[j] - top.student), student_inverse) - student_mean;
+        const A y = probability(at_temperature(t[j] - top.teacher), teacher_inverse) - teacher_mean;
+        squares[0] += x * x;
+        squares[1] += y * y;
+        squares[2] += x * y;
+      }
+    });
+    held.group.sum(squares);
+    if (!held.group.leads()) continue;
+    const Pearson rho = pearson(squares[0], squares[1], squares[2]);
     call.row_losses[row] = rho.loss;
-    call.kept[row] = {student_max,
-                      teacher_max,
+    call.kept[row] = {top.student,
+                      top.teacher,
                       student_inverse,
                       teacher_inverse,
                       A(call.factors.row_gradient * rho.student),
                       A(call.factors.row_gradient * rho.teacher)};
   }
+  held.group.leave();
 }
 
 template <class A>
@@ -111,6 +140,7 @@ __global__ void __launch_bounds__(kThreads) dist_sums_kernel(const Call<A> call)
   __shared__ DistSums<A> shared[kTogether][kColumns];
   const int column = int(threadIdx.x) % kColumns, lane = int(threadIdx.x) / kColumns;
   const int64_t i = int64_t(blockIdx.x) * kColumns + column;
+  const Exponential<A> at_temperature(call.rate);
   for (int64_t piece = blockIdx.y; piece < call.pieces; piece += gridDim.y) {
     const int64_t first = piece * call.piece;
     const int64_t last = first + call.piece < call.rows ? first + call.piece : call.rows;
@@ -119,13 +149,13 @@ __global__ void __launch_bounds__(kThreads) dist_sums_kernel(const Call<A> call)
     if (i < call.classes) {
       const auto student_at = [&](int64_t row) {
         const DistRow<A>& kept = call.kept[row];
-        return probability_at(call.student, row, i, kept.student_max, kept.student_inverse,
-                              call.rate);
+        return probability(at_temperature(element<A>(call.student, row, i) - kept.student_max),
+                           kept.student_inverse);
       };
       const auto teacher_at = [&](int64_t row) {
         const DistRow<A>& kept = call.kept[row];
-        return probability_at(call.teacher, row, i, kept.teacher_max, kept.teacher_inverse,
-                              call.rate);
+        return probability(at_temperature(element<A>(call.teacher, row, i) - kept.teacher_max),
+                           kept.teacher_inverse);
       };
       const int64_t second = last - first > 2 ? first + 1 : first;
       const int64_t third = last - first > 2 ? first + 2 : first;
@@ -172,32 +202,41 @@ __global__ void __launch_bounds__(kThreads) dist_columns_kernel(const Call<A> ca
                     A(call.factors.column_gradient * rho.teacher)};
 }
 
-template <class S, class A>
-__global__ void __launch_bounds__(kThreads) dist_gradient_kernel(const Call<A> call) {
-  for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
+template <class Rows>
+__global__ void __launch_bounds__(kThreads, Rows::blocks)
+    dist_gradient_kernel(const Call<typename Rows::A> call) {
+  using A = typename Rows::A;
+  constexpr int n = Rows::n;
+  const Exponential<A> at_temperature(call.rate);
+  Rows held(call.student, call.teacher, call.gradient, call.classes, call.room);
+  for (int64_t row = held.from_row(); row < call.rows; row += held.row_step()) {
+    held.place(row);
     const DistRow<A> kept = call.kept[row];
     const DistSlope<A> along = {dist_row_mean(kept.student_inverse, A(call.classes)),
                                 dist_row_mean(kept.teacher_inverse, A(call.classes)), kept.student,
                                 kept.teacher};
-    A q;
-    const auto slope_at = [&](int64_t i) {
-      q = probability_at(call.student, row, i, kept.student_max, kept.student_inverse, call.rate);
-      const A p =
-          probability_at(call.teacher, row, i, kept.teacher_max, kept.teacher_inverse, call.rate);
-      return dist_slope(along, q, p) + dist_slope(call.slopes[i], q, p);
+    // f(j, q, slope) of the elements of a chunk that are in the row.
+    const auto over = [&](int from, const A(&s)[n], const A(&t)[n], auto f) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if (from + j < 0 || from + j >= held.classes) continue;
+        const A q = probability(at_temperature(s[j] - kept.student_max), kept.student_inverse);
+        const A p = probability(at_temperature(t[j] - kept.teacher_max), kept.teacher_inverse);
+        f(j, q, dist_slope(along, q, p) + dist_slope(call.slopes[from + j], q, p));
+      }
     };
-    A dot = A(0);
-    for (int64_t i = threadIdx.x; i < call.classes; i += kThreads) {
-      const A slope = slope_at(i);
-      dot += q * slope;
-    }
-    dot = sum_over_block(dot);
-    S* const gradient = static_cast<S*>(call.gradient) + row * call.classes;
-    for (int64_t i = threadIdx.x; i < call.classes; i += kThreads) {
-      const A slope = slope_at(i);
-      put(gradient + i, q * (slope - dot));
-    }
+    A dot[] = {A(0)};
+    held.first_sweep([&](int from, const A(&s)[n], const A(&t)[n]) {
+      over(from, s, t, [&](int, A q, A slope) { dot[0] += q * slope; });
+    });
+    held.group.sum(dot);
+    held.sweep([&](int from, const A(&s)[n], const A(&t)[n]) {
+      A g[n] = {};
+      over(from, s, t, [&](int j, A q, A slope) { g[j] = q * (slope - dot[0]); });
+      held.store(from, g);
+    });
   }
+  held.group.leave();
 }
 
 template <class A>
@@ -216,11 +255,12 @@ __global__ void __launch_bounds__(kThreads)
   *factor = A(call.factors.factor);
 }
 
-template <class S, class A>
+template <class A>
 void run(const Tensor& student, const Tensor& teacher, double temperature, double inter,
          double intra, const Tensor& gradient, bool with_gradient, const Tensor& loss,
          const Tensor& factor) {
   const cudaStream_t stream = stream_of(student);
+  const Device device = device_of(student);
   Call<A> call{};
   call.rows = student.size(0);
   call.classes = student.size(1);
@@ -228,8 +268,10 @@ void run(const Tensor& student, const Tensor& teacher, double temperature, doubl
   call.pieces = (call.rows + call.piece - 1) / call.piece;
   call.student = matrix_of(student, "dist_loss");
   call.teacher = matrix_of(teacher, "dist_loss");
-  call.rate = A(1.0 / temperature);
-  call.factors = dist_factors(call.rows, call.classes, temperature, inter, intra, sizeof(S) == 2);
+  call.rate = 1.0 / temperature;
+  const bool short_gradient =
+      call.student.dtype == Dtype::bfloat16 || call.student.dtype == Dtype::float16;
+  call.factors = dist_factors(call.rows, call.classes, temperature, inter, intra, short_gradient);
   call.inter = inter != 0;
   call.intra = intra != 0;
   const ScalarType dtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -243,17 +285,32 @@ void run(const Tensor& student, const Tensor& teacher, double temperature, doubl
   call.row_losses = static_cast<double*>(losses.mutable_data_ptr());
   call.column_losses = call.row_losses + call.rows;
   call.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
+  // f(Rows, launch) of the rows' kernels.
+  const auto over_rows = [&](auto f) {
+    with_two_rows<Kinds::few>(call.student, call.teacher, call.classes, [&](auto type) {
+      using Rows = typename decltype(type)::type;
+      if constexpr (std::is_same_v<typename Rows::A, A>) {
+        const RowsLaunch launch = launch_of<Rows>(call.rows, call.classes, device, kMostRowBlocks);
+        call.room = launch.room;
+        f(type, launch.grid);
+      }
+    });
+  };
   if (call.rows > 0) {
-    const unsigned row_blocks = unsigned(std::min(call.rows, kMostRowBlocks));
-    launch_kernel("dist_loss", dist_rows_kernel<A>, {row_blocks, kThreads}, stream, call);
+    over_rows([&](auto type, const Grid& grid) {
+      launch_kernel("dist_loss", dist_rows_kernel<typename decltype(type)::type>, grid, stream,
+                    call);
+    });
     const dim3 pieces(unsigned((call.classes + kColumns - 1) / kColumns),
                       unsigned(std::min(call.pieces, kMostPieces)));
     launch_kernel("dist_loss", dist_sums_kernel<A>, {pieces, kThreads}, stream, call);
     const unsigned columns = unsigned((call.classes + kThreads - 1) / kThreads);
     launch_kernel("dist_loss", dist_columns_kernel<A>, {columns, kThreads}, stream, call);
-    if (with_gradient) {
-      launch_kernel("dist_loss", dist_gradient_kernel<S, A>, {row_blocks, kThreads}, stream, call);
-    }
+    if (with_gradient)
+      over_rows([&](auto type, const Grid& grid) {
+        launch_kernel("dist_loss", dist_gradient_kernel<typename decltype(type)::type>, grid,
+                      stream, call);
+      });
   }
   launch_kernel("dist_loss", dist_loss_kernel<A>, {1, kThreads}, stream, call,
                 static_cast<A*>(loss.mutable_data_ptr()),
@@ -268,22 +325,8 @@ std::tuple<Tensor, Tensor, Tensor> dist_loss(Tensor student, Tensor teacher, dou
   const ScalarType loss_type = dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor gradient = empty_of(student, with_gradient ? student.size(0) : 0, student.size(1));
   Tensor loss = empty_of(student, -1, -1, loss_type), factor = empty_of(student, -1, -1, loss_type);
-  const auto with = [&](auto run) {
-    run(student, teacher, temperature, inter, intra, gradient, with_gradient, loss, factor);
-  };
-  switch (dtype) {
-    case Dtype::float32:
-      with(run<float, float>);
-      break;
-    case Dtype::float64:
-      with(run<double, double>);
-      break;
-    case Dtype::bfloat16:
-      with(run<__nv_bfloat16, float>);
-      break;
-    default:
-      with(run<__half, float>);
-  }
+  const auto run_in = dtype == Dtype::float64 ? run<double> : run<float>;
+  run_in(student, teacher, temperature, inter, intra, gradient, with_gradient, loss, factor);
   return {loss, gradient, factor};
 }
 

@@ -37,24 +37,29 @@ struct Both {
 // The labels of a DKD row.
 template <class A>
 struct Members {
-  int64_t index[2] = {-1, -1};
-  int count = 0;
+  int index[2];
+  int count;
   Both<A> logit[2] = {};
 
-  __device__ Members(const Label& label) {
-    if (label.first >= 0 && label.first_part != 0) index[count++] = label.first;
-    if (label.second >= 0 && label.second_part != 0 && label.second != index[0])
-      index[count++] = label.second;
+  __device__ Members(const Label<A>& label) {
+    const bool one = label.first >= 0 && label.first_counts;
+    const bool two =
+        label.second >= 0 && label.second_counts && !(one && label.second == label.first);
+    index[0] = one ? label.first : two ? label.second : -1;
+    index[1] = one && two ? label.second : -1;
+    count = int(one) + int(two);
   }
 };
 
+// Name: DKD, logit-standard, or any of those with a mixture: which, is asked of the call.
 template <class S, class A, int Name>
 struct DivergenceLoss {
   static constexpr int n = kChunk<S>;
   static constexpr bool dkd = Name == kDkd, standard = Name == kLogitStandard;
+  static constexpr bool mixed = needs_mixture(Name);
   using Exponential = typename ExponentialOf<S>::type;
   const KdCall& call;
-  // Of logit-standard the exponential at T, which is different in each row, has no such power.
+  // Of logit-standard the exponential at T, which is different in each row, has no such squares.
   LabelTerm<S, A> label;
 
   __device__ DivergenceLoss(const KdCall& call_, const KdFactors& factors)
@@ -99,8 +104,10 @@ struct DivergenceLoss {
     Members<A> members(worth.label);
     A whole_max = A(-INFINITY);
     if constexpr (dkd)
-      for (int i = 0; i < members.count; ++i) {
-        members.logit[i] = {A(number(held.first[members.index[i]])),
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (i >= members.count) continue;
+        members.logit[i] = {held.first_at(members.index[i]),
                             element<A>(call.teacher, held.row, members.index[i])};
         whole_max = maximum(whole_max, members.logit[i].student);
       }
@@ -156,24 +163,22 @@ struct DivergenceLoss {
         const A e = student_exponential(x), p = teacher_exponential(y);
         sums[0] += e;
         sums[1] += p;
-        if constexpr (!needs_mixture(Name))
-          sums[2] += select(p, p * (y * teacher_rate - x * student_rate), A(0));
+        if constexpr (!mixed) sums[2] += select(p, p * (y * teacher_rate - x * student_rate), A(0));
         if constexpr (standard) {
           sums[3] += e * finite_or_zero(x);
           sums[4] += p * finite_or_zero(x);
         }
-        if (label.given && label.power != 1) sums[5] += label.exponential_of(x, e);
-        label.add(held.row, from, j, whole[j] - whole_max, sums[6], sums[7], sums[8]);
+        if (label.apart()) sums[5] += label.exponential_of(x, e);
       }
+      label.add(held.row, from, whole, whole_max, sums[6], sums[7], sums[8]);
     }));
-    const bool own_label = label.given && label.power != 1;
-    held.group.sum(sums, 3u | (needs_mixture(Name) ? 0u : 4u) | (standard ? 24u : 0u) |
-                             (own_label ? 32u : 0u) | (label.smoothing ? 64u : 0u) |
+    held.group.sum(sums, 3u | (mixed ? 0u : 4u) | (standard ? 24u : 0u) |
+                             (label.apart() ? 32u : 0u) | (label.smoothing ? 64u : 0u) |
                              (label.dense ? 384u : 0u));
     const A student_sum = sums[0], teacher_sum = sums[1], gap = sums[2];
     KdStatistics<A> ce = kd_empty(A(0));
     ce.student_max = whole_max;
-    ce.label_sum = !label.given ? A(0) : label.power == 1 ? student_sum : sums[5];
+    ce.label_sum = !label.given ? A(0) : label.apart() ? sums[5] : student_sum;
     ce.logit_sum = sums[6];
     ce.soft_mass = sums[7];
     ce.soft_dot = sums[8];
@@ -186,9 +191,8 @@ struct DivergenceLoss {
     const A log_s = logarithm(student_sum), log_t = logarithm(teacher_sum);
     const A share = A(call.first);
     const auto mixture_of = [&](A x, A y, A e) {
-      return mixture<needs_mixture(Name) ? Name : kJsd, A>(
-          share, x * student_rate, y * teacher_rate, e * inverse_s,
-          teacher_exponential(y) * inverse_t, log_s, log_t);
+      return mixture(int(call.divergence), share, x * student_rate, y * teacher_rate, e * inverse_s,
+                     teacher_exponential(y) * inverse_t, log_s, log_t);
     };
     if constexpr (dkd) {
       const DkdRow<A> row =
@@ -200,8 +204,9 @@ struct DivergenceLoss {
       if (label.given) {
         ce.label_sum =
             ce.label_sum == 0 ? A(0) : ce.label_sum * exponential(top.student - whole_max);
-        for (int i = 0; i < members.count; ++i)
-          ce.label_sum += exponential(members.logit[i].student - whole_max);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (i < members.count) ce.label_sum += exponential(members.logit[i].student - whole_max);
       }
     } else if constexpr (standard) {
       if (teacher_sum != 0)
@@ -221,8 +226,9 @@ struct DivergenceLoss {
       });
       held.group.sum(from);
       if (teacher_sum != 0)
-        d = student_sum == 0 ? no_divergence(A(INFINITY))
-                             : finish_mixture<Name, A>(share, student_sum, from[0], from[1]);
+        d = student_sum == 0
+                ? no_divergence(A(INFINITY))
+                : finish_mixture(int(call.divergence), share, student_sum, from[0], from[1]);
     }
     if (!dkd && teacher_sum == 0) confidence = A(0);
     if (confidence < A(call.threshold)) {
@@ -231,14 +237,13 @@ struct DivergenceLoss {
     }
 
     KdWeights<A>& w = worth.w;
-    w.label_dot = label.dot(worth.label, held.first, whole_max);
+    w.label_dot = label.dot(worth.label, held, whole_max);
     const KdCoefficients<A> c = kd_finish(ce, w, A(1), A(call.label_smoothing),
                                           A(1.0 / double(label.classes)), A(0), label.dense);
     const A loss = c.loss + (w.kd_loss == 0 ? A(0) : w.kd_loss * d.loss);
     if (!held.out) return loss;
     // Label exponentials are made relative to the rest's maximum, where they are powers of others.
-    const A label_by =
-        student_sum == 0 ? A(0) : c.label * exponential(top.student - whole_max);
+    const A label_by = student_sum == 0 ? A(0) : c.label * exponential(top.student - whole_max);
     held.sweep(without_labels([&](int from, const A(&s)[n], const A(&t)[n], const A(&)[n]) {
       A g[n];
 #pragma unroll
@@ -247,7 +252,7 @@ struct DivergenceLoss {
         const A e = student_exponential(x);
         A distil = d.student * e;
         if (d.second != 0) {
-          if constexpr (needs_mixture(Name))
+          if constexpr (mixed)
             distil += d.second * mixture_of(x, y, e).z;
           else
             distil += d.second * teacher_exponential(y);
@@ -257,7 +262,9 @@ struct DivergenceLoss {
         if (label.given) g[j] += label_by * label.exponential_of(x, e);
       }
       if constexpr (dkd)
-        for (int i = 0; i < members.count; ++i) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (i >= members.count) continue;
           A own = w.kd_gradient * label_gradient[i];
           if (label.given) own += c.label * exponential(members.logit[i].student - whole_max);
           label.add_at(g, members.index[i] - from, own);
@@ -274,9 +281,11 @@ struct DivergenceLoss {
     A s[2], t[2];
     // Relative to the whole row's maxima: large logits would lose digits in what follows.
     A teacher_top = top.teacher;
-    for (int i = 0; i < members.count; ++i)
-      teacher_top = teacher_sum == 0 && i == 0 ? members.logit[i].teacher
-                                               : maximum(teacher_top, members.logit[i].teacher);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (i < members.count)
+        teacher_top = teacher_sum == 0 && i == 0 ? members.logit[i].teacher
+                                                 : maximum(teacher_top, members.logit[i].teacher);
     teacher_top = finite_top(teacher_top);
     for (int i = 0; i < 2; ++i) {
       s[i] = (members.logit[i].student - whole_max) * rate;
@@ -288,36 +297,24 @@ struct DivergenceLoss {
   }
 };
 
-template <int Name>
-void launch_of_name(const KdCall& call, const Device& device, cudaStream_t stream) {
-  with_dtype(call.student.dtype, [&](auto s, auto a) {
-    using S = typename decltype(s)::type;
-    using A = typename decltype(a)::type;
-    const auto launch = [&](auto rows) {
-      launch_held<typename decltype(rows)::type, DivergenceLoss<S, A, Name>>(call, device, stream);
-    };
-    if (call.teacher.dtype == call.student.dtype)
-      with_rows<S, A, Beside::same, false>(call.classes, launch);
-    else
-      with_rows<S, A, Beside::other, false>(call.classes, launch);
-  });
-}
+template <class S, class A>
+using MixtureLoss = DivergenceLoss<S, A, kJsd>;  // also reverse KL and skew KL
+template <class S, class A>
+using DkdLoss = DivergenceLoss<S, A, kDkd>;
+template <class S, class A>
+using StandardLoss = DivergenceLoss<S, A, kLogitStandard>;
 
 }  // namespace
 
 void launch_divergence(const KdCall& call, const Device& device, cudaStream_t stream) {
-  switch (call.divergence) {
-    case kReverseKl:
-      return launch_of_name<kReverseKl>(call, device, stream);
-    case kJsd:
-      return launch_of_name<kJsd>(call, device, stream);
-    case kSkewKl:
-      return launch_of_name<kSkewKl>(call, device, stream);
-    case kDkd:
-      return launch_of_name<kDkd>(call, device, stream);
-    default:
-      return launch_of_name<kLogitStandard>(call, device, stream);
-  }
+  with_two_rows<Kinds::few>(call.student, call.teacher, call.classes, [&](auto rows) {
+    if (call.divergence == kDkd)
+      launch_loss<DkdLoss>(rows, call, device, stream);
+    else if (call.divergence == kLogitStandard)
+      launch_loss<StandardLoss>(rows, call, device, stream);
+    else
+      launch_loss<MixtureLoss>(rows, call, device, stream);
+  });
 }
 
 }  // namespace fastscarce::cuda

@@ -37,17 +37,3 @@ template <>
 struct ExponentialOf<double> {
   using type = DoubleExponential;
 };
-
-// x to a power of 1..8; the power is the same for all threads.
-constexpr int kHighestPower = 8;
-template <class A>
-__device__ inline A integer_power(A x, int power) {
-  A out = power & 1 ? x : A(1);
-  A square = x * x;
-  if (power & 2) out *= square;
-  square *= square;
-  if (power & 4) out *= square;
-  square *= square;
-  if (power & 8) out *= square;
-  return out;
-}

@@ -6,10 +6,9 @@
 // cluster each (a block, where the GPU has no clusters); each block has a run of the row's chunks
 // in shared memory, and where they do not fit reads them again, from L2. Sums go through a fixed
 // tree: the result is the same each time.
-
-// The row beside a row (a teacher's): none, one of the same dtype, one of another dtype, which is
-// read where it lies in every sweep.
-enum class Beside { nothing, same, other };
+//
+// Two: there is a row beside it, a teacher's. Two dtypes meet in the wider of them: rows that are
+// split are converted as they are read, element by element, and the result as it is written.
 
 // The value of another lane, of any type made of whole words.
 template <class T>
@@ -126,37 +125,38 @@ struct RowThreads {
   }
 };
 
-template <class S_, class A_, Beside B, int Width, int Chunks>
+template <class S_, class A_, bool Two, int Width, int Chunks>
 struct HeldRows {
   using S = S_;
   using A = A_;
   static constexpr int n = kChunk<S>;
-  static constexpr bool split = Chunks == 0, two = B == Beside::same;
+  static constexpr bool split = Chunks == 0;
+  static constexpr bool converts = split && Two && sizeof(S) > 2;
   static constexpr int width = Width, rows_a_block = split ? 1 : kThreads / Width;
   // Bytes of a chunk in shared memory.
-  static constexpr int64_t chunk_bytes = two ? 32 : 16;
+  static constexpr int64_t chunk_bytes = Two ? 32 : 16;
   static constexpr int capacity = Width * Chunks;
-  // Two blocks a multiprocessor: without that bound the compiler keeps 16-bit logits as floats, and
-  // registers for one.
-  static constexpr int blocks = !split && Chunks <= 4 && sizeof(A) == 4 && B != Beside::other ? 2 : 1;
+  // A multiprocessor has registers for two: one loads while the other computes. Without that bound
+  // the compiler keeps 16-bit logits as floats, and registers for one.
+  static constexpr int blocks = sizeof(A) == 4 && (sizeof(S) == 4 || Chunks <= 4) ? 2 : 1;
 
   RowThreads<Width, split> group;
   Matrix first_matrix, second_matrix;
-  S* written;       // (rows, classes) without gaps, or null
+  void* written;  // (rows, classes) without gaps, of the first row's dtype; or null
   int classes;
-  int room;         // chunks of a row that a block keeps, of those that are split
+  int room;  // chunks of a row that a block keeps, of those that are split
   int64_t row;
   const S *first, *second;
   S* out;
   int shift, chunks, begin, end;  // begin, end: the chunks of this block
   bool second_aligned, out_aligned;
-  uint4 first_bits[split ? 1 : Chunks], second_bits[two && !split ? Chunks : 1];
+  uint4 first_bits[split ? 1 : Chunks], second_bits[Two && !split ? Chunks : 1];
 
   __device__ HeldRows(const Matrix& first_, const Matrix& second_, void* written_, int64_t classes_,
                       int room_)
       : first_matrix(first_),
         second_matrix(second_),
-        written(static_cast<S*>(written_)),
+        written(written_),
         classes(int(classes_)),
         room(room_) {}
 
@@ -173,10 +173,12 @@ struct HeldRows {
     row = row_;
     first = static_cast<const S*>(first_matrix.data) + row * first_matrix.row_stride;
     second = first;
-    if (two && second_matrix.data)
+    if (Two && second_matrix.data)
       second = static_cast<const S*>(second_matrix.data) + row * second_matrix.row_stride;
-    out = written ? written + row * classes : nullptr;
+    out = written ? static_cast<S*>(written) + row * classes : nullptr;
     shift = shift_of(first);
+    // Their place among the chunks, where they are of S.
+    if (converts && first_matrix.dtype != dtype_of<S>()) shift = 0;
     second_aligned = shift_of(second) == shift;
     out_aligned = shift_of(out) == shift;
     chunks = (classes + shift + n - 1) / n;
@@ -186,8 +188,8 @@ struct HeldRows {
   }
 
   // Whether an element is among the chunks of this block, and which of theirs it is.
-  __device__ bool owns(int64_t i) const { return !split || (place_of(i) >= 0 && i < limit()); }
-  __device__ int place_of(int64_t i) const { return int(i) + shift - begin * n; }
+  __device__ bool owns(int i) const { return !split || (place_of(i) >= 0 && i < limit()); }
+  __device__ int place_of(int i) const { return i + shift - begin * n; }
   __device__ int limit() const { return end * n - shift; }
 
   // f(from, a, b) of each chunk of this thread: its elements begin at `from`, and are -inf where
@@ -201,7 +203,7 @@ struct HeldRows {
       for (int k = 0; k < Chunks; ++k) {
         if (k * Width >= chunks) continue;
         first_bits[k] = load_first(group.lane + k * Width);
-        if (two) second_bits[k] = load_second(group.lane + k * Width);
+        if (Two) second_bits[k] = load_second(group.lane + k * Width);
       }
       sweep(f);
     }
@@ -215,14 +217,23 @@ struct HeldRows {
 #pragma unroll
       for (int k = 0; k < Chunks; ++k)
         if (k * Width < chunks)
-          visit(group.lane + k * Width, first_bits[k], second_bits[two ? k : 0], f);
+          visit(group.lane + k * Width, first_bits[k], second_bits[Two ? k : 0], f);
     }
   }
 
-  __device__ void store(int from, const A (&values)[n]) {
-    store_chunk(out, from, classes, out_aligned, values);
+  __device__ A first_at(int64_t i) const {
+    if constexpr (converts) return element<A>(first_matrix, row, i);
+    return A(number(first[i]));
   }
 
+  __device__ void store(int from, const A (&values)[n]) const {
+    // float64 is the wider of any two.
+    if constexpr (converts && sizeof(S) == 4) {
+      if (first_matrix.dtype == Dtype::bfloat16) return put_all<__nv_bfloat16>(from, values);
+      if (first_matrix.dtype == Dtype::float16) return put_all<__half>(from, values);
+    }
+    store_chunk(out, from, classes, out_aligned, values);
+  }
   __device__ void clear() {
     if (!out) return;
     A nothing[n];
@@ -232,12 +243,31 @@ struct HeldRows {
   }
 
  private:
+  template <class T>
+  __device__ void put_all(int from, const A (&values)[n]) const {
+    T* const to = static_cast<T*>(written) + row * classes;
+#pragma unroll
+    for (int j = 0; j < n; ++j)
+      if (from + j >= 0 && from + j < classes) put(to + from + j, values[j]);
+  }
+
   __device__ uint4 load_first(int chunk) const {
+    if constexpr (converts)
+      if (first_matrix.dtype != dtype_of<S>()) return converted(first_matrix, chunk);
     return load_chunk(first, chunk * n - shift, classes, true);
   }
   __device__ uint4 load_second(int chunk) const {
     if (!second_matrix.data) return {};
+    if constexpr (converts)
+      if (second_matrix.dtype != dtype_of<S>()) return converted(second_matrix, chunk);
     return load_chunk(second, chunk * n - shift, classes, second_aligned);
+  }
+  __device__ uint4 converted(const Matrix& matrix, int chunk) const {
+    S values[n];
+    elements(matrix, row, chunk * n - shift, classes, S(-INFINITY), values);
+    uint4 bits;
+    memcpy(&bits, values, sizeof(bits));
+    return bits;
   }
 
   template <class F>
@@ -248,11 +278,7 @@ struct HeldRows {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       a[j] = A(number(x.values[j]));
-      if constexpr (B == Beside::other)
-        b[j] = from + j >= 0 && from + j < classes ? element<A>(second_matrix, row, from + j)
-                                                   : A(-INFINITY);
-      else
-        b[j] = two ? A(number(y.values[j])) : A(0);
+      b[j] = Two ? A(number(y.values[j])) : A(0);
     }
     f(from, a, b);
   }
@@ -263,20 +289,20 @@ struct HeldRows {
         reinterpret_cast<uint4*>(dynamic_shared<unsigned char>() + 2 * kToldBytes);
     uint4* const kept_second = kept_first + room;
     const bool kept = room != 0;
-    // A thread reads what it kept itself.
-#pragma unroll(sizeof(A) == 8 ? 1 : 4)
+    // Many loads at once where they are of DRAM. A thread reads what it kept itself.
+#pragma unroll(Fresh ? 4 : 1)
     for (int c = begin + group.lane; c < end; c += Width) {
       uint4 bits, beside = {};
       if (Fresh || !kept) {
         bits = load_first(c);
-        if (two) beside = load_second(c);
+        if (Two) beside = load_second(c);
         if (Fresh && kept) {
           kept_first[c - begin] = bits;
-          if (two) kept_second[c - begin] = beside;
+          if (Two) kept_second[c - begin] = beside;
         }
       } else {
         bits = kept_first[c - begin];
-        if (two) beside = kept_second[c - begin];
+        if (Two) beside = kept_second[c - begin];
       }
       visit(c, bits, beside, f);
     }
@@ -332,11 +358,10 @@ RowsLaunch launch_of(int64_t rows, int64_t classes, const Device& device, int64_
       together =
           std::clamp<int64_t>(device.l2_bytes / 2 / (chunks * 32) * blocks, processors, together);
     together = std::min(together, most_blocks);
-    const int64_t clusters =
-        std::clamp<int64_t>(together / blocks, 1, std::max<int64_t>(rows, 1));
+    const int64_t clusters = std::clamp<int64_t>(together / blocks, 1, std::max<int64_t>(rows, 1));
     const int room = kept ? int(part()) : 0;
-    return {{unsigned(clusters * blocks), kThreads,
-             size_t(bytes(kept ? Rows::chunk_bytes : 0)), unsigned(blocks)},
+    return {{unsigned(clusters * blocks), kThreads, size_t(bytes(kept ? Rows::chunk_bytes : 0)),
+             unsigned(blocks)},
             room,
             int(2 * kToldBytes + room * Rows::chunk_bytes)};
   }
@@ -346,28 +371,6 @@ template <class T>
 struct Type {
   using type = T;
 };
-
-// f(Type<HeldRows<...>>) with the rows that hold `classes` logits of S. Each kind is a kernel more:
-// Fine has one for every size, the others have few.
-template <class S, class A, Beside B, bool Fine, class F>
-void with_rows(int64_t classes, F f) {
-  const int64_t chunks = (classes + 2 * kChunk<S> - 2) / kChunk<S>;
-  // float64 is for checks, and its exponential takes long to compile.
-  if constexpr (sizeof(A) == 4 && B == Beside::other && Fine) {
-    if (chunks <= 128) return f(Type<HeldRows<S, A, B, 32, 4>>());
-  } else if constexpr (sizeof(A) == 4 && B != Beside::other) {
-    if (chunks <= 4) return f(Type<HeldRows<S, A, B, 4, 1>>());
-    if constexpr (Fine) {
-      if (chunks <= 8) return f(Type<HeldRows<S, A, B, 8, 1>>());
-      if (chunks <= 32) return f(Type<HeldRows<S, A, B, 32, 1>>());
-      if (chunks <= 128) return f(Type<HeldRows<S, A, B, 32, 4>>());
-    }
-    if (chunks <= 256) return f(Type<HeldRows<S, A, B, 32, 8>>());
-    if constexpr (Fine)
-      if (chunks <= 1024) return f(Type<HeldRows<S, A, B, kThreads, 4>>());
-  }
-  f(Type<HeldRows<S, A, B, kThreads, 0>>());
-}
 
 // f(Type<S>, Type<A>): A is what is computed in.
 template <class F>
@@ -382,4 +385,46 @@ void with_dtype(Dtype dtype, F f) {
     default:
       return f(Type<__half>(), Type<float>());
   }
+}
+
+// f(Type<HeldRows<...>>) with the rows that hold `classes` logits of S. Each kind is a kernel more:
+// `every` has one for every size, `few` and `split` leave more to shared memory.
+enum class Kinds { split, few, every };
+
+template <class S, class A, bool Two, Kinds K, class F>
+void with_rows(int64_t classes, F f) {
+  const int64_t chunks = (classes + 2 * kChunk<S> - 2) / kChunk<S>;
+  if constexpr (sizeof(A) == 4 && K != Kinds::split) {  // float64 is for checks
+    if constexpr (Two)
+      if (chunks <= 4) return f(Type<HeldRows<S, A, Two, 4, 1>>());
+    if constexpr (K == Kinds::every) {
+      if (chunks <= 8) return f(Type<HeldRows<S, A, Two, 8, 1>>());
+      if (chunks <= 32) return f(Type<HeldRows<S, A, Two, 32, 1>>());
+    }
+    if (chunks <= 128) return f(Type<HeldRows<S, A, Two, 32, 4>>());
+    if constexpr (K == Kinds::every) {
+      if (chunks <= 256) return f(Type<HeldRows<S, A, Two, 32, 8>>());
+      if (chunks <= 1024) return f(Type<HeldRows<S, A, Two, kThreads, 4>>());
+    }
+  }
+  f(Type<HeldRows<S, A, Two, kThreads, 0>>());
+}
+
+// The same for a matrix, and the one beside it where there is one.
+template <Kinds K, class F>
+void with_two_rows(const Matrix& first, const Matrix& second, int64_t classes, F f) {
+  if (!second.data || second.dtype == first.dtype)
+    return with_dtype(first.dtype, [&](auto s, auto a) {
+      with_rows<typename decltype(s)::type, typename decltype(a)::type, true, K>(classes, f);
+    });
+  if (first.dtype == Dtype::float64) return f(Type<HeldRows<double, double, true, kThreads, 0>>());
+  f(Type<HeldRows<float, float, true, kThreads, 0>>());
+}
+
+// And for a matrix alone.
+template <Kinds K, class F>
+void with_one_row(const Matrix& matrix, int64_t classes, F f) {
+  with_dtype(matrix.dtype, [&](auto s, auto a) {
+    with_rows<typename decltype(s)::type, typename decltype(a)::type, false, K>(classes, f);
+  });
 }

@@ -7,41 +7,45 @@
 // changes nothing: pieces, rows of a block and order of the sums are fixed by the shapes (and by
 // the number of multiprocessors). No float atomics, nothing to wait for on the host.
 
+// A: of the shares. Those of the rows' sums are double.
+template <class A>
 struct Label {
-  int64_t first = -1, second = -1;           // -1: none
-  double first_share = 0, second_share = 0;  // times the weight of the class
-  double first_part = 0, second_part = 0;    // without it
+  int first = -1, second = -1;                       // -1: none
+  A first_share = A(0), second_share = A(0);         // times the weight of the class
+  bool first_counts = false, second_counts = false;  // whether they are not 0 without it
   bool outside = false;
 };
 
-__device__ inline void take(const KdCall& call, int64_t index, double part, int64_t& place,
-                            double& share, double& whole, bool& outside) {
+template <class A>
+__device__ inline void take(const KdCall& call, int64_t index, double part, int& place, A& share,
+                            bool& counts, bool& outside) {
   if (index == call.ignore_index) return;
   if (index < 0 || index >= call.classes) {
     outside = true;
     return;
   }
-  place = index;
-  whole = part;
-  share = call.class_weight ? part * double(call.class_weight[index]) : part;
+  place = int(index);
+  counts = part != 0;
+  share = A(call.class_weight ? part * double(call.class_weight[index]) : part);
 }
 
-__device__ inline Label label_of(const KdCall& call, int64_t row) {
-  Label label;
+template <class A>
+__device__ inline Label<A> label_of(const KdCall& call, int64_t row) {
+  Label<A> label;
   if (!call.target) return label;
   const double share = call.share ? double(call.share[row]) : 1.0;
-  take(call, call.target[row], share, label.first, label.first_share, label.first_part,
+  take(call, call.target[row], share, label.first, label.first_share, label.first_counts,
        label.outside);
   if (call.partner)
-    take(call, call.partner[row], 1.0 - share, label.second, label.second_share, label.second_part,
-         label.outside);
+    take(call, call.partner[row], 1.0 - share, label.second, label.second_share,
+         label.second_counts, label.outside);
   return label;
 }
 
 // What a row is worth; `counts`: whether it has any loss at all.
 template <class A>
 struct Worth {
-  Label label;
+  Label<A> label;
   KdWeights<A> w;
   bool counts;
 };
@@ -50,20 +54,20 @@ template <class A>
 __device__ inline Worth<A> worth_of(const KdCall& call, const KdFactors& factors, int64_t row,
                                     bool dense) {
   Worth<A> out;
-  out.label = label_of(call, row);
+  out.label = label_of<A>(call, row);
   const double weight = call.weight ? double(call.weight[row]) : 1.0;
   out.w = {A(weight * factors.kd_loss),
            A(weight * factors.ce_loss),
            A(weight * factors.kd_gradient),
            A(weight * factors.ce_gradient),
-           A(out.label.first_share + out.label.second_share),
+           out.label.first_share + out.label.second_share,
            A(0)};
   out.counts = out.w.kd_loss != 0 || (out.w.ce_loss != 0 && (dense || out.w.label_mass != 0));
   return out;
 }
 
-// By every thread of every block. S: the student's dtype.
-template <class S, class A>
+// By every thread of every block.
+template <class A>
 __device__ inline KdFactors factors_of(const KdCall& call) {
   double weights = double(call.rows), labels = weights;
   if (call.pieces == 1) {
@@ -77,7 +81,9 @@ __device__ inline KdFactors factors_of(const KdCall& call) {
   const KdFactors factors =
       kd_factors(call.teacher.data != nullptr || call.named_count != 0,
                  call.target != nullptr || call.soft.data != nullptr, call.temperature,
-                 call.distillation, call.label, call.reduction, sizeof(S) == 2, weights, labels);
+                 call.distillation, call.label, call.reduction,
+                 call.student.dtype == Dtype::bfloat16 || call.student.dtype == Dtype::float16,
+                 weights, labels);
   if (blockIdx.x == 0 && threadIdx.x == 0) *static_cast<A*>(call.factor) = A(factors.factor);
   return factors;
 }

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) kd_prepare_kernel(const KdCall call)
   double weights = 0, labels = 0;
   for (int64_t row = first + threadIdx.x; row < last; row += kThreads) {
     const double weight = call.weight ? double(call.weight[row]) : 1.0;
-    const Label label = label_of(call, row);
+    const Label<double> label = label_of<double>(call, row);
     weights += weight;
     labels += call.soft.data ? weight : weight * (label.first_share + label.second_share);
   }
@@ -101,7 +101,7 @@ struct LabelArguments {
 };
 
 KdCall call_of(const Tensor& student, const LabelArguments& labels, double temperature,
-             double distillation, double label, double threshold, int64_t reduction) {
+               double distillation, double label, double threshold, int64_t reduction) {
   KdCall call{};
   call.rows = student.size(0);
   call.classes = student.size(1);

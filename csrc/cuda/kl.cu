@@ -66,31 +66,30 @@ struct KlLoss {
         const A x = s[j] - all.student_max;
         const A e = at_temperature(x);
         all.student_sum += e;
-        if (label.given && label.power != 1) all.label_sum += label.exponential_of(x, e);
+        if (label.apart()) all.label_sum += label.exponential_of(x, e);
         if (teacher) {
           const A y = t[j] - all.teacher_max;
           const A p = at_temperature(y);
           all.teacher_sum += p;
           all.gap += kd_gap_term(p, y, x);
         }
-        label.add(held.row, from, j, x, all.logit_sum, all.soft_mass, all.soft_dot);
       }
+      label.add(held.row, from, s, all.student_max, all.logit_sum, all.soft_mass, all.soft_dot);
     });
     A sums[] = {all.student_sum, all.teacher_sum, all.gap,     all.label_sum,
                 all.logit_sum,   all.soft_mass,   all.soft_dot};
-    const bool own_label = label.given && label.power != 1;
-    held.group.sum(sums, 1u | (teacher ? 6u : 0u) | (own_label ? 8u : 0u) |
+    held.group.sum(sums, 1u | (teacher ? 6u : 0u) | (label.apart() ? 8u : 0u) |
                              (label.smoothing ? 16u : 0u) | (label.dense ? 96u : 0u));
     all.student_sum = sums[0];
     all.teacher_sum = sums[1];
     all.gap = sums[2];
-    all.label_sum = !label.given ? A(0) : label.power == 1 ? sums[0] : sums[3];
+    all.label_sum = !label.given ? A(0) : label.apart() ? sums[3] : sums[0];
     all.logit_sum = sums[4];
     all.soft_mass = sums[5];
     all.soft_dot = sums[6];
     all.count = A(label.classes);
 
-    worth.w.label_dot = label.dot(worth.label, held.first, all.student_max);
+    worth.w.label_dot = label.dot(worth.label, held, all.student_max);
     const KdCoefficients<A> c =
         kd_finish(all, worth.w, A(1.0 / temperature), A(call.label_smoothing),
                   A(1.0 / double(label.classes)), A(call.threshold), label.dense);
@@ -114,17 +113,8 @@ struct KlLoss {
 }  // namespace
 
 void launch_kl(const KdCall& call, const Device& device, cudaStream_t stream) {
-  with_dtype(call.student.dtype, [&](auto s, auto a) {
-    using S = typename decltype(s)::type;
-    using A = typename decltype(a)::type;
-    const auto launch = [&](auto rows) {
-      launch_held<typename decltype(rows)::type, KlLoss<S, A>>(call, device, stream);
-    };
-    if (!call.teacher.data || call.teacher.dtype == call.student.dtype)
-      with_rows<S, A, Beside::same, true>(call.classes, launch);
-    else
-      with_rows<S, A, Beside::other, true>(call.classes, launch);
-  });
+  with_two_rows<Kinds::every>(call.student, call.teacher, call.classes,
+                              [&](auto rows) { launch_loss<KlLoss>(rows, call, device, stream); });
 }
 
 }  // namespace fastscarce::cuda

@@ -1,15 +1,15 @@
-// topk and confidence on a GPU: a block a row (confidence: a warp, up to 1024 classes).
+// topk and confidence on a GPU, over rows that are read once (held_rows.cuh).
 //
 // topk finds the k-th largest logit by its bits, eight at a time from the highest: a histogram in
-// shared memory of those that agree so far, four rounds (eight for float64), whatever k is. What is
-// above it, and the first of those that equal it, are then collected in the order of their index by
-// a running count, and sorted in shared memory. Counts are integers and every sum has a fixed
-// order: the result is the same each time. The row is read again in each round: from L2, where
-// rows in flight fit.
+// shared memory of those that agree so far, a round a byte that the dtype has, whatever k is. Where
+// more logits equal it than are wanted, more rounds find the last index among them. The k are then
+// collected in any order and sorted in shared memory. Counts are integers and every sum has a fixed
+// order: the result is the same each time.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "device.cuh"
@@ -18,18 +18,20 @@
 #include "tensors.cuh"
 
 namespace fastscarce::cuda {
+namespace {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/selection.h"
 #include "block.cuh"
+#include "chunks.cuh"
+#include "exponential.cuh"
+#include "held_rows.cuh"
 // clang-format on
 
-namespace {
-
-constexpr int kWarps = kThreads / 32;
 // Chosen logits are sorted in shared memory.
 constexpr int64_t kMostChosen = 2048;
+constexpr int64_t kMostGrid = int64_t(1) << 20;
 
 // Numbers whose order as unsigned integers is that of the logits. NaN counts as -inf here: the sum
 // of exponentials finds it.
@@ -41,143 +43,246 @@ __device__ inline uint64_t ordered(double x) {
   const uint64_t bits = __double_as_longlong(isnan(x) ? -double(INFINITY) : x + 0.0);
   return bits & 0x8000000000000000ull ? ~bits : bits | 0x8000000000000000ull;
 }
-
-// Of how many threads before this one `flag` is set; `total` gets the block's count.
-__device__ inline int count_before(bool flag, int* shared, int& total) {
-  const unsigned votes = __ballot_sync(0xffffffffu, flag);
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  if (lane == 0) shared[warp] = __popc(votes);
-  __syncthreads();
-  int before = __popc(votes & ((1u << lane) - 1u));
-  total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += shared[w];
-    total += shared[w];
-  }
-  __syncthreads();
-  return before;
+__device__ inline float logit_of(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
+__device__ inline double logit_of(uint64_t key) {
+  return __longlong_as_double(
+      int64_t(key & 0x8000000000000000ull ? key & 0x7fffffffffffffffull : ~key));
+}
+
+// Bytes of a key in which numbers of S differ: the others follow from the sign.
+template <class S>
+constexpr int kKeyBytes = sizeof(S) == 2 ? (std::is_same_v<S, __half> ? 3 : 2) : int(sizeof(S));
+
+constexpr int kDigits = 256;
+static_assert(kDigits == kThreads);
+
+// Where the `wanted`-th largest is: its digit, how many have that, how many of those are wanted.
+struct Digit {
+  int digit, count, wanted;
+};
+
+// Of the histograms of all blocks of a row, by all its threads.
+template <class Threads>
+__device__ inline Digit find_digit(const Threads& group, unsigned* histogram, int wanted) {
+  __shared__ int sums[kThreads / 32];
+  __shared__ Digit found;
+  if (group.blocks > 1)
+    cluster_barrier();
+  else
+    __syncthreads();
+  // A thread a digit, from the largest.
+  const int digit = kDigits - 1 - int(threadIdx.x), lane = int(threadIdx.x) % 32;
+  int count = 0;
+  for (int k = 0; k < group.blocks; ++k)
+    count +=
+        int(group.blocks > 1 ? cluster_shared(histogram, unsigned(k))[digit] : histogram[digit]);
+  int until = count;
+  for (int by = 1; by < 32; by *= 2) {
+    const int other = __shfl_sync(0xffffffffu, until, lane < by ? lane : lane - by);
+    if (lane >= by) until += other;
+  }
+  if (lane == 31) sums[threadIdx.x / 32] = until;
+  __syncthreads();
+  for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) until += sums[warp];
+  if (until - count < wanted && wanted <= until) found = {digit, count, wanted - (until - count)};
+  __syncthreads();
+  return found;
+}
+
+// Counts digits, those of a run at once: near logits have the same.
+struct Counter {
+  unsigned* histogram;
+  int last = 0;
+  unsigned run = 0;
+
+  __device__ void add(int digit) {
+    if (digit != last) {
+      flush();
+      last = digit;
+    }
+    ++run;
+  }
+  __device__ void flush() {
+    if (run != 0) atomicAdd(&histogram[last], run);
+    run = 0;
+  }
+};
 
 struct TopKCall {
   int64_t rows, classes;
-  int k, padded;  // padded: the next power of two
+  int k, padded;     // padded: the next power of two
+  int room, memory;  // of HeldRows; where TopKMemory begins in shared memory
   Matrix logits;
   int32_t* indices;
   void* log_probs;
   void* log_tail;
 };
 
-template <class A>
-__global__ void __launch_bounds__(kThreads) topk_kernel(const TopKCall call) {
+// In shared memory, beside the row. `found`: of the k, in this block.
+template <class Key>
+struct TopKMemory {
+  Key* keys;
+  int32_t* places;
+  unsigned* histograms;  // two, in turn: one is cleared while the other is read
+  unsigned* found;
+
+  __device__ TopKMemory(unsigned char* memory, int padded)
+      : keys(reinterpret_cast<Key*>(memory)),
+        places(reinterpret_cast<int32_t*>(keys + padded)),
+        histograms(reinterpret_cast<unsigned*>(places + padded)),
+        found(histograms + 2 * kDigits) {}
+  static constexpr int64_t bytes(int padded) {
+    return padded * int64_t(sizeof(Key) + 4) + (2 * kDigits + 4) * 4;
+  }
+};
+
+// Bitonic, over a block: falling keys, rising indices.
+template <class Key>
+__device__ inline void sort(const TopKMemory<Key>& memory, int count) {
+  Key* const keys = memory.keys;
+  int32_t* const places = memory.places;
+  for (int size = 2; size <= count; size *= 2)
+    for (int step = size / 2; step > 0; step /= 2) {
+      for (int i = int(threadIdx.x); i < count; i += kThreads) {
+        const int j = i ^ step;
+        if (j <= i) continue;
+        const bool before = keys[i] > keys[j] || (keys[i] == keys[j] && places[i] < places[j]);
+        if (before == ((i & size) == 0)) continue;
+        const Key key = keys[i];
+        const int32_t place = places[i];
+        keys[i] = keys[j];
+        places[i] = places[j];
+        keys[j] = key;
+        places[j] = place;
+      }
+      __syncthreads();
+    }
+}
+
+template <class Rows>
+__global__ void __launch_bounds__(kThreads, Rows::blocks) topk_kernel(const TopKCall call) {
+  using S = typename Rows::S;
+  using A = typename Rows::A;
   using Key = decltype(ordered(A(0)));
-  constexpr int kRounds = int(sizeof(Key));
-  Key* const keys = dynamic_shared<Key>();
-  int32_t* const places = reinterpret_cast<int32_t*>(keys + call.padded);
-  __shared__ unsigned histogram[256];
-  __shared__ int counts[kWarps];
-  __shared__ Key bound;
-  __shared__ int wanted;
-  for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
-    const auto at = [&](int64_t i) { return element<A>(call.logits, row, i); };
-    if (threadIdx.x == 0) {
-      bound = 0;
-      wanted = call.k;
-    }
-    // The k-th largest key, a byte a round.
-    Key known = 0;  // the bits that are settled
-    for (int round = kRounds - 1; round >= 0; --round) {
-      for (int i = int(threadIdx.x); i < 256; i += kThreads) histogram[i] = 0;
-      __syncthreads();
-      const Key settled = bound;
-      for (int64_t i = threadIdx.x; i < call.classes; i += kThreads) {
-        const Key key = ordered(at(i));
-        if ((key & known) == settled) atomicAdd(&histogram[(key >> (8 * round)) & 255], 1u);
-      }
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        int left = wanted, digit = 255;
-        while (int(histogram[digit]) < left) left -= int(histogram[digit--]);
-        wanted = left;
-        bound = settled | Key(digit) << (8 * round);
-      }
-      known |= Key(255) << (8 * round);
-      __syncthreads();
-    }
-    // Those above the bound, and the first `wanted` of those that equal it, by index.
-    const Key last = bound;
-    const int ties = wanted;
-    int found = 0, equals = 0;
-    for (int64_t from = 0; from < call.classes; from += kThreads) {
-      const int64_t i = from + threadIdx.x;
-      const Key key = i < call.classes ? ordered(at(i)) : 0;
-      const bool same = i < call.classes && key == last;
-      int total;
-      const int rank = equals + count_before(same, counts, total);
-      equals += total;
-      const bool taken = i < call.classes && (key > last || (same && rank < ties));
-      const int place = found + count_before(taken, counts, total);
-      found += total;
-      if (taken) {
-        keys[place] = key;
-        places[place] = int32_t(i);
-      }
-    }
-    for (int i = call.k + int(threadIdx.x); i < call.padded; i += kThreads) {
-      keys[i] = 0;
-      places[i] = INT32_MAX;
-    }
+  constexpr int n = Rows::n, kKeyBits = 8 * int(sizeof(Key));
+  const TopKMemory<Key> memory(dynamic_shared<unsigned char>() + call.memory, call.padded);
+  const typename ExponentialOf<S>::type at_one(1.0);
+  Rows held(call.logits, {}, nullptr, call.classes, call.room);
+  int turn = 0;
+  // One round; digit_of(key, i): that of element i, or -1 where it is not counted.
+  const auto round = [&](bool fresh, int wanted, auto digit_of) {
+    unsigned* const histogram = memory.histograms + turn * kDigits;
+    turn ^= 1;
+    histogram[threadIdx.x] = 0;
+    if (threadIdx.x == 0) *memory.found = 0;
     __syncthreads();
-    // Bitonic sort: falling keys, rising indices.
-    for (int size = 2; size <= call.padded; size *= 2)
-      for (int step = size / 2; step > 0; step /= 2) {
-        for (int i = int(threadIdx.x); i < call.padded; i += kThreads) {
-          const int j = i ^ step;
-          if (j > i) {
-            const bool before = keys[i] > keys[j] || (keys[i] == keys[j] && places[i] < places[j]);
-            if (before != ((i & size) == 0)) {
-              const Key key = keys[i];
-              const int32_t place = places[i];
-              keys[i] = keys[j];
-              places[i] = places[j];
-              keys[j] = key;
-              places[j] = place;
-            }
-          }
-        }
-        __syncthreads();
+    Counter counter = {histogram};
+    const auto count = [&](int from, const A(&s)[n], const A(&)[n]) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if (from + j < 0 || from + j >= held.classes) continue;
+        const int digit = digit_of(s[j], from + j);
+        if (digit >= 0) counter.add(digit);
       }
-    // The others' sum on its own: no difference of near numbers.
-    const A first = at(places[0]);
-    const A top = first > A(-INFINITY) ? first : A(0);
-    A chosen = 0, rest = 0;
-    for (int i = int(threadIdx.x); i < call.k; i += kThreads)
-      chosen += exponential(at(places[i]) - top);
-    int seen = 0;
-    for (int64_t from = 0; from < call.classes; from += kThreads) {
-      const int64_t i = from + threadIdx.x;
-      const A x = i < call.classes ? at(i) : A(-INFINITY);
-      const Key key = ordered(x);
-      const bool same = i < call.classes && key == last;
-      int total;
-      const int rank = seen + count_before(same, counts, total);
-      seen += total;
-      if (i < call.classes && (isnan(x) || key < last || (same && rank >= ties)))
-        rest += exponential(x - top);
+    };
+    if (fresh)
+      held.first_sweep(count);
+    else
+      held.sweep(count);
+    counter.flush();
+    return find_digit(held.group, histogram, wanted);
+  };
+  for (int64_t row = held.from_row(); row < call.rows; row += held.row_step()) {
+    held.place(row);
+    A top = A(-INFINITY);
+    Key last = 0, known = 0;  // the k-th largest, and which of its bits are settled
+    Digit at = {0, 0, call.k};
+    for (int shift = kKeyBits - 8; shift >= kKeyBits - 8 * kKeyBytes<S>; shift -= 8) {
+      at = round(known == 0, at.wanted, [&](A x, int) {
+        top = maximum(top, x);
+        const Key key = ordered(x);
+        return (key & known) == last ? int(key >> shift & 255u) : -1;
+      });
+      last |= Key(at.digit) << shift;
+      known |= Key(255) << shift;
     }
-    chosen = sum_over_block(chosen);
-    rest = sum_over_block(rest);
-    const TopKRow<A> whole = finish_topk(top, chosen, rest, call.classes - call.k);
+    if (!(last >> (kKeyBits - 1))) last |= ~known;
+    // Of more that equal it, those with the smallest indices.
+    int last_place = INT32_MAX;
+    if (at.count > at.wanted) {
+      const bool high = call.classes > 65536;
+      uint32_t place = high ? 0 : 0xffff0000u, settled = place;
+      for (int shift = high ? 24 : 8; shift >= 0; shift -= 8) {
+        at = round(false, at.wanted, [&](A x, int i) {
+          const uint32_t from_end = ~uint32_t(i);
+          return ordered(x) == last && (from_end & settled) == place ? int(from_end >> shift & 255u)
+                                                                     : -1;
+        });
+        place |= uint32_t(at.digit) << shift;
+        settled |= 255u << shift;
+      }
+      last_place = int(~place);
+    }
+    top = held.group.reduce(top, [](A a, A b) { return maximum(a, b); });
+    top = top > A(-INFINITY) ? top : A(0);
+    // The others' sum on its own: no difference of near numbers.
+    A sums[] = {A(0), A(0)};  // of the k, of the others
+    held.sweep([&](int from, const A(&s)[n], const A(&)[n]) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if (from + j < 0 || from + j >= held.classes) continue;
+        const Key key = ordered(s[j]);
+        if (key > last || (key == last && from + j <= last_place)) {
+          const unsigned place = atomicAdd(memory.found, 1u);
+          memory.keys[place] = key;
+          memory.places[place] = from + j;
+        } else {
+          sums[1] += at_one(s[j] - top);
+        }
+        if (isnan(s[j])) sums[1] = s[j];
+      }
+    });
+    if (held.group.blocks > 1)
+      cluster_barrier();
+    else
+      __syncthreads();
+    if (held.group.rank == 0) {
+      unsigned found = *memory.found;
+      for (int k = 1; k < held.group.blocks; ++k) {
+        const unsigned more = *cluster_shared(memory.found, unsigned(k));
+        for (unsigned i = threadIdx.x; i < more; i += kThreads) {
+          memory.keys[found + i] = cluster_shared(memory.keys, unsigned(k))[i];
+          memory.places[found + i] = cluster_shared(memory.places, unsigned(k))[i];
+        }
+        found += more;
+      }
+      for (int i = call.k + int(threadIdx.x); i < call.padded; i += kThreads) {
+        memory.keys[i] = 0;
+        memory.places[i] = INT32_MAX;
+      }
+      __syncthreads();
+      sort(memory, call.padded);
+      for (int i = int(threadIdx.x); i < call.k; i += kThreads)
+        sums[0] += exponential(logit_of(memory.keys[i]) - top);
+    }
+    held.group.sum(sums);
+    if (held.group.rank != 0) continue;
+    const TopKRow<A> whole = finish_topk(top, sums[0], sums[1], call.classes - call.k);
     for (int i = int(threadIdx.x); i < call.k; i += kThreads) {
-      call.indices[row * call.k + i] = places[i];
-      static_cast<A*>(call.log_probs)[row * call.k + i] = topk_log_prob(whole, at(places[i]));
+      call.indices[row * call.k + i] = memory.places[i];
+      static_cast<A*>(call.log_probs)[row * call.k + i] =
+          topk_log_prob(whole, logit_of(memory.keys[i]));
     }
     if (threadIdx.x == 0) static_cast<A*>(call.log_tail)[row] = whole.log_tail;
-    __syncthreads();
   }
+  held.group.leave();
 }
 
 struct ConfidenceCall {
   int64_t rows, classes;
+  int room;  // of HeldRows
   Matrix logits;
   double threshold, temperature;
   int64_t* label;
@@ -191,77 +296,68 @@ struct ConfidenceCall {
 template <class A>
 struct Largest {
   A first, second;
-  int64_t place;
+  int place;
+
+  __device__ void add(A x, int i) {  // of rising i
+    const bool larger = x > first;
+    second = larger ? first : maximum(second, x);
+    place = larger ? i : place;
+    first = larger ? x : first;
+  }
+  __device__ static Largest of(const Largest& a, const Largest& b) {
+    const bool left = a.first > b.first || (a.first == b.first && a.place < b.place);
+    const Largest& win = left ? a : b;
+    const Largest& lose = left ? b : a;
+    return {win.first, maximum(win.second, lose.first), win.place};
+  }
 };
 
-template <class A>
-__device__ inline Largest<A> larger(const Largest<A>& a, const Largest<A>& b) {
-  const bool left = a.first > b.first || (a.first == b.first && a.place < b.place);
-  const Largest<A>& win = left ? a : b;
-  const Largest<A>& lose = left ? b : a;
-  return {win.first, maximum(win.second, lose.first), win.place};
-}
-
-template <class A, int Width>
-__global__ void __launch_bounds__(kThreads) confidence_kernel(const ConfidenceCall call) {
-  __shared__ Largest<A> tops[kWarps];
-  const int lane = int(threadIdx.x) % Width;
+template <class Rows>
+__global__ void __launch_bounds__(kThreads, Rows::blocks)
+    confidence_kernel(const ConfidenceCall call) {
+  using A = typename Rows::A;
+  constexpr int n = Rows::n;
   const A rate = A(1.0 / call.temperature);
-  constexpr int rows_a_block = kThreads / Width;
-  for (int64_t row = int64_t(blockIdx.x) * rows_a_block + threadIdx.x / Width; row < call.rows;
-       row += int64_t(gridDim.x) * rows_a_block) {
-    const auto at = [&](int64_t i) { return element<A>(call.logits, row, i); };
-    Largest<A> own = {A(-INFINITY), A(-INFINITY), INT64_MAX};
-    for (int64_t i = lane; i < call.classes; i += Width)
-      own = larger(own, {at(i), A(-INFINITY), i});
-    for (int by = 16; by > 0; by /= 2)
-      own = larger(own, {shuffle_down(own.first, by), shuffle_down(own.second, by),
-                         __shfl_down_sync(0xffffffffu, own.place, by)});
-    if constexpr (Width == 32) {
-      own = {__shfl_sync(0xffffffffu, own.first, 0), __shfl_sync(0xffffffffu, own.second, 0),
-             __shfl_sync(0xffffffffu, own.place, 0)};
-    } else {
-      if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = own;
-      __syncthreads();
-      own = tops[0];
-      for (int warp = 1; warp < kWarps; ++warp) own = larger(own, tops[warp]);
-      __syncthreads();
-    }
+  const typename ExponentialOf<typename Rows::S>::type at_temperature(1.0 / call.temperature);
+  Rows held(call.logits, {}, nullptr, call.classes, call.room);
+  for (int64_t row = held.from_row(); row < call.rows; row += held.row_step()) {
+    held.place(row);
+    Largest<A> own = {A(-INFINITY), A(-INFINITY), INT32_MAX};
+    held.first_sweep([&](int from, const A(&s)[n], const A(&)[n]) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) own.add(s[j], from + j);
+    });
+    own = held.group.reduce(
+        own, [](const Largest<A>& a, const Largest<A>& b) { return Largest<A>::of(a, b); });
     const A top = own.first > A(-INFINITY) ? own.first : A(0);
-    A sum = 0, dot = 0;
-    for (int64_t i = lane; i < call.classes; i += Width) {
-      const A x = (at(i) - top) * rate, e = exponential(x);
-      sum += e;
-      dot += select(e, e * x, A(0));
-    }
-    if constexpr (Width == 32) {
-      for (int by = 16; by > 0; by /= 2) {
-        sum += shuffle_down(sum, by);
-        dot += shuffle_down(dot, by);
+    A sums[] = {A(0), A(0)};
+    held.sweep([&](int, const A(&s)[n], const A(&)[n]) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        const A x = s[j] - top, e = at_temperature(x);
+        sums[0] += e;
+        sums[1] += select(e, e * (x * rate), A(0));
       }
-    } else {
-      sum = sum_over_block(sum);
-      dot = sum_over_block(dot);
-    }
-    if (lane != 0) continue;
+    });
+    held.group.sum(sums);
+    if (!held.group.leads()) continue;
     ConfidenceRow<A> out = {A(NAN), A(NAN), A(NAN)};
-    const bool answer = sum > A(0);
-    if (answer) out = finish_confidence(sum, exponential((own.second - top) * rate), dot);
+    const bool answer = sums[0] > A(0);
+    if (answer) out = finish_confidence(sums[0], exponential((own.second - top) * rate), sums[1]);
     call.label[row] = answer ? own.place : kNoAnswer;
     static_cast<A*>(call.confidence)[row] = out.confidence;
     static_cast<A*>(call.margin)[row] = out.margin;
     static_cast<A*>(call.entropy)[row] = out.entropy;
     call.mask[row] = out.confidence >= A(call.threshold);
   }
+  held.group.leave();
 }
-
-unsigned blocks_of(int64_t rows) { return unsigned(std::min<int64_t>(rows, 1 << 20)); }
 
 std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   check_topk_arguments(logits, k);
   check(k <= kMostChosen, "topk", "k of at most 2048 on a GPU");
   const DeviceGuard guard(logits.get_device());
-  TopKCall call;
+  TopKCall call{};
   call.rows = logits.size(0);
   call.classes = logits.size(1);
   call.k = int(k);
@@ -277,35 +373,24 @@ std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   call.log_probs = log_probs.mutable_data_ptr();
   call.log_tail = log_tail.mutable_data_ptr();
-  const unsigned blocks = blocks_of(call.rows);
-  const cudaStream_t stream = stream_of(logits);
-  if (float64)
-    launch_kernel("topk", topk_kernel<double>, {blocks, kThreads, size_t(call.padded) * 12}, stream,
-                  call);
-  else
-    launch_kernel("topk", topk_kernel<float>, {blocks, kThreads, size_t(call.padded) * 8}, stream,
-                  call);
+  const Device device = device_of(logits);
+  with_one_row<Kinds::split>(call.logits, call.classes, [&](auto type) {
+    using Rows = typename decltype(type)::type;
+    using Key = decltype(ordered(typename Rows::A(0)));
+    const RowsLaunch launch = launch_of<Rows>(call.rows, call.classes, device, kMostGrid, 0,
+                                              TopKMemory<Key>::bytes(call.padded));
+    call.room = launch.room;
+    call.memory = launch.memory;
+    launch_kernel("topk", topk_kernel<Rows>, launch.grid, stream_of(logits), call);
+  });
   return {indices, log_probs, log_tail};
-}
-
-template <class A>
-void launch(const ConfidenceCall& call, cudaStream_t stream) {
-  if (call.classes <= 1024) {
-    const int64_t rows_a_block = kThreads / 32;
-    launch_kernel("confidence", confidence_kernel<A, 32>,
-                  {blocks_of((call.rows + rows_a_block - 1) / rows_a_block), kThreads}, stream,
-                  call);
-  } else {
-    launch_kernel("confidence", confidence_kernel<A, kThreads>, {blocks_of(call.rows), kThreads},
-                  stream, call);
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, double threshold,
                                                               double temperature) {
   check_confidence_arguments(logits, temperature);
   const DeviceGuard guard(logits.get_device());
-  ConfidenceCall call;
+  ConfidenceCall call{};
   call.rows = logits.size(0);
   call.classes = logits.size(1);
   call.logits = matrix_of(logits, "confidence");
@@ -324,10 +409,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
   call.entropy = entropy.mutable_data_ptr();
   call.mask = static_cast<bool*>(mask.mutable_data_ptr());
   if (call.rows == 0) return {label, sure, margin, entropy, mask};
-  if (float64)
-    launch<double>(call, stream_of(logits));
-  else
-    launch<float>(call, stream_of(logits));
+  const Device device = device_of(logits);
+  with_one_row<Kinds::few>(call.logits, call.classes, [&](auto type) {
+    using Rows = typename decltype(type)::type;
+    const RowsLaunch launch = launch_of<Rows>(call.rows, call.classes, device, kMostGrid);
+    call.room = launch.room;
+    launch_kernel("confidence", confidence_kernel<Rows>, launch.grid, stream_of(logits), call);
+  });
   return {label, sure, margin, entropy, mask};
 }
 

@@ -1,9 +1,10 @@
-// Statistics of rows on a GPU: a block a row, or a warp, up to 1024 classes.
+// Statistics of rows on a GPU: a warp a row up to 1024 classes, else a block, or a cluster where
+// rows are few.
 //
-// Student and teacher are read once. A thread keeps the largest logit of its classes and sums
-// relative to it, which it scales where a larger one comes (one exponential a logit either way);
-// the threads' sums are merged by a fixed tree, so the result is the same each time. Of TopK
-// teachers the k classes are read.
+// Student and teacher are read once, 16 bytes at a time, and nothing of them is kept: a thread has
+// the largest logit of its classes and sums relative to it, which it scales where a chunk has a
+// larger one; the threads' sums are merged by a fixed tree, so the result is the same each time. Of
+// TopK teachers the k classes are read.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 
@@ -15,17 +16,18 @@
 #include "statistics.cuh"
 
 namespace fastscarce::cuda {
+namespace {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/selection.h"
 #include "../math/topk_teacher.h"
 #include "../math/statistics.h"
+#include "block.cuh"
+#include "chunks.cuh"
+#include "held_rows.cuh"
 // clang-format on
 
-namespace {
-
-constexpr int kStatisticsThreads = 256;
 constexpr int64_t kWarpClasses = 1024;
 
 struct Record {
@@ -47,38 +49,24 @@ struct StatisticsCall {
   bool* agreement;
 };
 
-// The value of another lane, of any type made of whole words.
-template <class T>
-__device__ inline T from_lane(const T& value, int by) {
-  static_assert(sizeof(T) % 4 == 0);
-  uint32_t words[sizeof(T) / 4];
-  memcpy(words, &value, sizeof(T));
-  for (uint32_t& word : words) word = __shfl_xor_sync(0xffffffffu, word, by);
-  T out;
-  memcpy(&out, words, sizeof(T));
-  return out;
-}
-
-// `op`, which takes its two in any order, over the threads of a row, in every one of them.
-template <int Width, class T, class Op>
-__device__ inline T over_row(T value, Op op) {
-  for (int by = 16; by > 0; by /= 2) value = op(value, from_lane(value, by));
-  if constexpr (Width > 32) {
-    // Words, because T may have members that begin with a value of their own.
-    __shared__ uint64_t memory[(Width / 32 * sizeof(T) + 7) / 8];
-    T* const part = reinterpret_cast<T*>(memory);
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = part[0];
-    for (int warp = 1; warp < Width / 32; ++warp) value = op(value, part[warp]);
-    __syncthreads();
-  }
-  return value;
-}
-
-template <int Width, class A>
-__device__ inline A sum_over_row(A value) {
-  return over_row<Width>(value, [](A a, A b) { return a + b; });
+// f(from, x) of each chunk of a row, shared among the threads; its elements begin at `from`, and
+// are -inf where they are outside the row.
+template <class A, class Threads, class F>
+__device__ inline void stream(const Matrix& matrix, int64_t row, int classes,
+                              const Threads& threads, F f) {
+  with_row(matrix, row, [&](const auto* data) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
+    constexpr int n = kChunk<T>;
+    const int shift = shift_of(data), chunks = (classes + shift + n - 1) / n;
+#pragma unroll 2
+    for (int c = threads.thread(); c < chunks; c += threads.threads()) {
+      const Chunk<T> chunk = unpacked<T>(load_chunk(data, c * n - shift, classes, true));
+      A x[n];
+#pragma unroll
+      for (int j = 0; j < n; ++j) x[j] = A(number(chunk.values[j]));
+      f(c * n - shift, x);
+    }
+  });
 }
 
 // The largest logit of a part of a row, and the first class that has it. A part with NaN or +inf
@@ -87,10 +75,10 @@ template <class A>
 struct Largest {
   A top;
   uint32_t unsound;
-  int64_t place;
+  int place;
 
-  __device__ static Largest none() { return {A(-INFINITY), 0, INT64_MAX}; }
-  __device__ void add(A x, int64_t i) {
+  __device__ static Largest none() { return {A(-INFINITY), 0, INT32_MAX}; }
+  __device__ void add(A x, int i) {
     if (x > top || (x == top && i < place)) {
       top = x;
       place = i;
@@ -98,14 +86,12 @@ struct Largest {
     unsound |= !(x < A(INFINITY));
   }
   __device__ bool answers() const { return !unsound && top > A(-INFINITY); }
+  __device__ static Largest of(const Largest& a, const Largest& b) {
+    Largest out = a.top > b.top || (a.top == b.top && a.place < b.place) ? a : b;
+    out.unsound = a.unsound | b.unsound;
+    return out;
+  }
 };
-
-template <class A>
-__device__ inline Largest<A> larger(const Largest<A>& a, const Largest<A>& b) {
-  Largest<A> out = a.top > b.top || (a.top == b.top && a.place < b.place) ? a : b;
-  out.unsound = a.unsound | b.unsound;
-  return out;
-}
 
 // The same with the sums of a softmax, relative to the largest logit: of e = exp((x - top) / T),
 // and of e times its exponent.
@@ -115,13 +101,17 @@ struct Softmax {
   A sum, dot;
 
   __device__ static Softmax none() { return {Largest<A>::none(), A(0), A(0)}; }
-  __device__ void add(A x, int64_t i, A rate) {
+  template <int n>
+  __device__ void add(const A (&x)[n], int from, A rate) {
     const A before = largest.top;
-    largest.add(x, i);
-    if (x > before) {
-      *this = {largest, rescaled(before, rate, sum) + A(1), rescaled_dot(before, rate)};
-    } else if (x > A(-INFINITY)) {
-      const A y = (x - before) * rate, e = exponential(y);
+#pragma unroll
+    for (int j = 0; j < n; ++j) largest.add(x[j], from + j);
+    if (largest.top > before)
+      *this = {largest, rescaled(before, rate, sum), rescaled_dot(before, rate)};
+    if (largest.top == A(-INFINITY)) return;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const A y = (x[j] - largest.top) * rate, e = exponential(y);
       sum += e;
       dot += weighted(e, y);
     }
@@ -140,78 +130,81 @@ struct Softmax {
 template <class A>
 __device__ inline Softmax<A> merge(Softmax<A> a, Softmax<A> b, A rate) {
   const A top_a = a.largest.top, top_b = b.largest.top;
-  a.largest = b.largest = larger(a.largest, b.largest);
+  a.largest = b.largest = Largest<A>::of(a.largest, b.largest);
   return {a.largest, a.rescaled(top_a, rate, a.sum) + b.rescaled(top_b, rate, b.sum),
           a.rescaled_dot(top_a, rate) + b.rescaled_dot(top_b, rate)};
 }
 
-template <class A, int Width>
+template <class A, class Threads>
 __device__ inline RecordRow<A> record_of(const StatisticsCall& call, const Record& teacher,
-                                         int64_t row, int lane, A rate) {
+                                         int64_t row, Threads& threads, A rate) {
   const int32_t* const index = teacher.indices + row * teacher.k;
   const int64_t others = call.classes - teacher.k;
   const auto at = [&](int64_t i) { return element<A>(teacher.log_probs, row, i); };
   Largest<A> own = Largest<A>::none();
-  for (int64_t i = lane; i < teacher.k; i += Width) {
+  for (int64_t i = threads.thread(); i < teacher.k; i += threads.threads()) {
     own.add(at(i), index[i]);
     own.unsound |= index[i] < 0 || index[i] >= call.classes;
   }
-  const Largest<A> largest =
-      over_row<Width>(own, [](const Largest<A>& a, const Largest<A>& b) { return larger(a, b); });
+  const Largest<A> largest = threads.reduce(
+      own, [](const Largest<A>& a, const Largest<A>& b) { return Largest<A>::of(a, b); });
   const A tail = others > 0 ? element<A>(teacher.log_tail, row, 0) : A(-INFINITY);
   const A top = largest.answers() ? maximum(tail, largest.top) : A(0);
-  A chosen = A(0), dot = A(0);
-  for (int64_t i = lane; i < teacher.k; i += Width) {
+  A sums[] = {A(0), A(0)};  // of the k: exponentials, those times their exponent
+  for (int64_t i = threads.thread(); i < teacher.k; i += threads.threads()) {
     const A y = (at(i) - top) * rate, e = exponential(y);
-    chosen += e;
-    dot += weighted(e, y);
+    sums[0] += e;
+    sums[1] += weighted(e, y);
   }
-  chosen = sum_over_row<Width>(chosen);
-  dot = sum_over_row<Width>(dot);
+  threads.sum(sums);
   if (!largest.answers()) return no_record<A>(kNoAnswer);
   const A tail_shift = (tail - top) * rate;
   const A tail_exp = tail == A(-INFINITY) ? A(0) : exponential(tail_shift);
   return finish_record<A>(largest.place,
-                          {chosen, exponential((largest.top - top) * rate), tail_exp * A(others),
+                          {sums[0], exponential((largest.top - top) * rate), tail_exp * A(others),
                            tail_exp == A(0) ? A(0) : tail_shift},
-                          dot, call.tail_policy, others, kNoAnswer);
+                          sums[1], call.tail_policy, others, kNoAnswer);
 }
 
 // S, A: the arithmetic of the student and of the teacher.
 template <class S, class A, int Width>
-__global__ void __launch_bounds__(kStatisticsThreads)
-    kd_statistics_kernel(const StatisticsCall call) {
-  const int lane = int(threadIdx.x) % Width;
+__global__ void __launch_bounds__(kThreads) kd_statistics_kernel(const StatisticsCall call) {
   const A rate = A(1.0 / call.temperature);
-  constexpr int rows_a_block = kStatisticsThreads / Width;
+  constexpr bool split = Width == kThreads;
+  constexpr int rows_a_block = kThreads / Width;
+  RowThreads<Width, split> threads;
+  const int classes = int(call.classes);
   const bool dense = call.teacher.data;
-  // All threads of a row's group have the same row, so that they meet at every reduction.
-  for (int64_t row = int64_t(blockIdx.x) * rows_a_block + threadIdx.x / Width; row < call.rows;
-       row += int64_t(gridDim.x) * rows_a_block) {
+  // All threads of a row have the same row, so that they meet at every reduction.
+  for (int64_t row = int64_t(blockIdx.x) / threads.blocks * rows_a_block + threadIdx.x / Width;
+       row < call.rows; row += int64_t(gridDim.x) / threads.blocks * rows_a_block) {
     Largest<S> student = Largest<S>::none();
     Softmax<A> teacher = Softmax<A>::none();
-    for (int64_t i = lane; i < call.classes; i += Width) {
-      student.add(element<S>(call.student, row, i), i);
-      if (dense) teacher.add(element<A>(call.teacher, row, i), i, rate);
-    }
-    student = over_row<Width>(
-        student, [](const Largest<S>& a, const Largest<S>& b) { return larger(a, b); });
+    stream<S>(call.student, row, classes, threads, [&](int from, const auto& x) {
+#pragma unroll
+      for (int j = 0; j < int(sizeof(x) / sizeof(S)); ++j) student.add(x[j], from + j);
+    });
+    if (dense)
+      stream<A>(call.teacher, row, classes, threads,
+                [&](int from, const auto& x) { teacher.add(x, from, rate); });
+    student = threads.reduce(
+        student, [](const Largest<S>& a, const Largest<S>& b) { return Largest<S>::of(a, b); });
     const int64_t student_label = student.answers() ? student.place : kNoAnswer;
     RecordRow<A> out = no_record<A>(kNoAnswer);
     if (dense) {
-      teacher = over_row<Width>(
+      teacher = threads.reduce(
           teacher, [rate](const Softmax<A>& a, const Softmax<A>& b) { return merge(a, b, rate); });
       if (teacher.largest.answers()) {
         const ConfidenceRow<A> sure = finish_confidence(teacher.sum, A(0), teacher.dot);
         out = {teacher.largest.place, sure.confidence, sure.entropy};
       }
     } else if (call.named_count != 0) {
-      out = record_of<A, Width>(call, call.named[0], row, lane, rate);
+      out = record_of<A>(call, call.named[0], row, threads, rate);
       if (call.mix)
-        out = mix_records(out, record_of<A, Width>(call, call.named[1], row, lane, rate),
+        out = mix_records(out, record_of<A>(call, call.named[1], row, threads, rate),
                           A(call.mix[row]), kNoAnswer);
     }
-    if (lane != 0) continue;
+    if (!threads.leads()) continue;
     call.student_label[row] = student_label;
     if (!call.teacher_label) continue;
     call.teacher_label[row] = out.label;
@@ -219,19 +212,25 @@ __global__ void __launch_bounds__(kStatisticsThreads)
     static_cast<A*>(call.entropy)[row] = out.entropy;
     call.agreement[row] = student_label == out.label;
   }
+  threads.leave();
 }
 
 template <class S, class A>
-void launch(const StatisticsCall& call, cudaStream_t stream) {
+void launch(const StatisticsCall& call, const Device& device, cudaStream_t stream) {
   const auto blocks = [&](int64_t rows_a_block) {
-    return unsigned(std::min<int64_t>((call.rows + rows_a_block - 1) / rows_a_block, 1 << 20));
+    return unsigned(std::min<int64_t>((call.rows + rows_a_block - 1) / rows_a_block, 1 << 17));
   };
   if (call.classes <= kWarpClasses)
-    launch_kernel("kd_statistics", kd_statistics_kernel<S, A, 32>,
-                  {blocks(kStatisticsThreads / 32), kStatisticsThreads}, stream, call);
-  else
-    launch_kernel("kd_statistics", kd_statistics_kernel<S, A, kStatisticsThreads>,
-                  {blocks(1), kStatisticsThreads}, stream, call);
+    return launch_kernel("kd_statistics", kd_statistics_kernel<S, A, 32>,
+                         {blocks(kThreads / 32), kThreads}, stream, call);
+  // Rows that leave multiprocessors without work are spread over more of them.
+  constexpr int64_t kBlockClasses = 4096;  // at least
+  unsigned cluster = 1;
+  while (device.clusters && cluster < 8 && call.rows * cluster < device.multiprocessors * 2 &&
+         call.classes >= kBlockClasses * 2 * cluster)
+    cluster *= 2;
+  launch_kernel("kd_statistics", kd_statistics_kernel<S, A, kThreads>,
+                {blocks(1) * cluster, kThreads, 2 * kToldBytes, cluster}, stream, call);
 }
 
 Record record_tensors(const Tensor& indices, const Tensor& log_probs, const Tensor& log_tail) {
@@ -289,14 +288,15 @@ void launch_statistics(const Tensor& student, const std::optional<Tensor>& teach
   const bool wide_student = call.student.dtype == Dtype::float64;
   const bool wide_teacher = to.confidence && to.confidence->scalar_type() == ScalarType::Double;
   const cudaStream_t stream = stream_of(student);
+  const Device device = device_of(student);
   if (wide_student && wide_teacher)
-    launch<double, double>(call, stream);
+    launch<double, double>(call, device, stream);
   else if (wide_student)
-    launch<double, float>(call, stream);
+    launch<double, float>(call, device, stream);
   else if (wide_teacher)
-    launch<float, double>(call, stream);
+    launch<float, double>(call, device, stream);
   else
-    launch<float, float>(call, stream);
+    launch<float, float>(call, device, stream);
 }
 
 }  // namespace fastscarce::cuda

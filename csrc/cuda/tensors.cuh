@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../checks.h"
 #include "device.cuh"
@@ -14,6 +15,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 enum class Dtype : int32_t { none, float32, float64, bfloat16, float16 };
+
+template <class S>
+constexpr Dtype dtype_of() {
+  if constexpr (std::is_same_v<S, float>)
+    return Dtype::float32;
+  else if constexpr (std::is_same_v<S, double>)
+    return Dtype::float64;
+  else if constexpr (std::is_same_v<S, __nv_bfloat16>)
+    return Dtype::bfloat16;
+  else
+    return Dtype::float16;
+}
 
 struct Matrix {
   const void* data = nullptr;
@@ -32,20 +45,41 @@ __device__ inline void put(A* to, A x) {
 __device__ inline void put(__half* to, float x) { *to = __float2half_rn(x); }
 __device__ inline void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 
-// Element i of a row whose dtype the kernel was not compiled for; the branch is the same for all.
-template <class A>
-__device__ inline A element(const Matrix& m, int64_t row, int64_t i) {
-  const int64_t at = row * m.row_stride + i;
+// f(pointer to the row) of a dtype that the kernel was not compiled for; the branch is the same for
+// all.
+template <class F>
+__device__ inline void with_row(const Matrix& m, int64_t row, F f) {
+  const int64_t at = row * m.row_stride;
   switch (m.dtype) {
     case Dtype::float32:
-      return A(load_global(static_cast<const float*>(m.data) + at));
+      return f(static_cast<const float*>(m.data) + at);
     case Dtype::float64:
-      return A(load_global(static_cast<const double*>(m.data) + at));
+      return f(static_cast<const double*>(m.data) + at);
     case Dtype::bfloat16:
-      return A(number(load_global(static_cast<const __nv_bfloat16*>(m.data) + at)));
+      return f(static_cast<const __nv_bfloat16*>(m.data) + at);
     default:
-      return A(number(load_global(static_cast<const __half*>(m.data) + at)));
+      return f(static_cast<const __half*>(m.data) + at);
   }
+}
+
+template <class A>
+__device__ inline A element(const Matrix& m, int64_t row, int64_t i) {
+  A out;
+  with_row(m, row, [&](const auto* data) { out = A(number(load_global(data + i))); });
+  return out;
+}
+
+// Elements from..from + n of a row of so many classes, `outside` where they are outside it.
+template <class A, int n>
+__device__ inline void elements(const Matrix& m, int64_t row, int from, int classes, A outside,
+                                A (&to)[n]) {
+  with_row(m, row, [&](const auto* data) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const int i = from + j;
+      to[j] = i >= 0 && i < classes ? A(number(load_global(data + i))) : outside;
+    }
+  });
 }
 
 template <class A>

@@ -38,26 +38,20 @@ struct Mixture {
 
 // x, y: (s - student_max) / T and (t - teacher_max) / T; q, p: the probabilities; log_s, log_t: the
 // logarithms of their sums of exponentials.
-template <int Divergence, class V>
-FS_HD inline Mixture<V> mixture(V share, V x, V y, V q, V p, V log_s, V log_t) {
+template <class V>
+FS_HD inline Mixture<V> mixture(int divergence, V share, V x, V y, V q, V p, V log_s, V log_t) {
   const V zero = V(0), one = V(1);
   const V log_q = x - log_s, log_p = y - log_t;
-  if constexpr (Divergence == kReverseKl) {
+  if (divergence == kReverseKl) {
     const V z = zero_unless(q, q * (log_q - log_p));
     return {z, zero, z};
-  } else {
-    // The larger of the two, and NaN where m is.
-    const V m = maximum(V(1.17549435e-38f), share * p + (one - share) * q);
-    const V log_m = logarithm(m);
-    const V from_teacher = zero_unless(p, p * (log_p - log_m));
-    if constexpr (Divergence == kJsd) {
-      const V z = zero_unless(q, q * (log_q - log_m));
-      return {z, from_teacher, z};
-    } else {
-      const V z = (one - share) * p * q / m;
-      return {z, from_teacher, z};
-    }
   }
+  // The larger of the two, and NaN where m is.
+  const V m = maximum(V(1.17549435e-38f), share * p + (one - share) * q);
+  const V log_m = logarithm(m);
+  const V from_teacher = zero_unless(p, p * (log_p - log_m));
+  const V z = divergence == kJsd ? zero_unless(q, q * (log_q - log_m)) : (one - share) * p * q / m;
+  return {z, from_teacher, z};
 }
 
 // The distillation term of a row: its value, and the coefficients of its gradient.
@@ -82,21 +76,22 @@ FS_HD inline Divergence<A> divergence_where(A condition, const Divergence<A>& d,
 
 // After the second sweep. student_sum: sum of exponentials. A row that asks for a class which the
 // teacher excludes is infinite and teaches nothing.
-template <int Divergence_, class A>
-FS_HD inline Divergence<A> finish_mixture(A share, A student_sum, A from_teacher, A from_student) {
+template <class A>
+FS_HD inline Divergence<A> finish_mixture(int divergence, A share, A student_sum, A from_teacher,
+                                          A from_student) {
   const A zero = A(0), one = A(1);
   const A mean = from_student / student_sum;
-  if constexpr (Divergence_ == kReverseKl) {
+  if (divergence == kReverseKl) {
     const Divergence<A> d = {from_student, zero - mean, one, zero, zero};
     // 0 also for NaN, which stays.
     const A largest = A(3.402823466e38f), infinite = maximum(from_student, largest) - largest;
     return divergence_where(select(infinite, zero, one), d, A(INFINITY));
-  } else if constexpr (Divergence_ == kJsd) {
+  }
+  if (divergence == kJsd) {
     const A rest = one - share;
     return {share * from_teacher + rest * from_student, zero - rest * mean, rest, zero, zero};
-  } else {
-    return {from_teacher, mean, zero - one, zero, zero};
   }
+  return {from_teacher, mean, zero - one, zero, zero};
 }
 
 // gap: sum of teacher exponentials times the difference of the scaled logits.
@@ -140,7 +135,8 @@ struct DkdRow {
 template <class A>
 FS_HD inline A sum_with_labels(A rest_sum, A rest_max, const A* labels, int count) {
   A sum = select(rest_sum, rest_sum * exponential(rest_max), A(0));
-  for (int i = 0; i < count; ++i) sum = sum + exponential(labels[i]);
+  for (int i = 0; i < 2; ++i)
+    if (i < count) sum = sum + exponential(labels[i]);
   return sum;
 }
 
@@ -156,7 +152,8 @@ FS_HD inline DkdRow<A> finish_dkd(const DkdRest<A>& rest, const A* student, cons
   // No finite teacher logit: nothing to learn. None of the student: infinite, without a gradient.
   const A both = select(sum_t, sum_s, zero);
   A tckd = zero;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < 2; ++i) {
+    if (i >= count) continue;
     const A log_p = teacher[i] - log_t, log_q = student[i] - log_s;
     const A p = exponential(log_p), q = exponential(log_q);
     tckd = tckd + select(p, p * (log_p - log_q), zero);

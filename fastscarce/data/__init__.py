@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastscarce.data.decode import Header, decode, decode_whole, inspect, mended
 from fastscarce.data.images import ImageSet
 from fastscarce.data.labels import relabel, write_split
-from fastscarce.data.load import Storage, load_images
+from fastscarce.data.load import load_images
 from fastscarce.data.loader import Loader, LoaderBatch
 from fastscarce.data.order import partner_ids
 from fastscarce.data.pixels import Decoder, OnDemand, Pixels
@@ -31,7 +31,6 @@ __all__ = [
     "SamplerBatch",
     "Source",
     "Split",
-    "Storage",
     "Stream",
     "StreamBatch",
     "decode",

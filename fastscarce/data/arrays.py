@@ -110,7 +110,6 @@ def open_arrays(
     Raises:
         DataError: A file is missing or unreadable, or the arrays don't fit together.
     """
-    path = path.expanduser()
     if not path.exists():
         raise DataError(f"The arrays {path} do not exist; check the path after 'arrays:'.")
     folder = path if path.is_dir() else path.parent

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fastscarce.data.decode import SUFFIXES
-from fastscarce.data.index import Arrays, Index, keep
-from fastscarce.data.source import UNLABELLED, Names, Positions, Source, identify
+from fastscarce.data.index import Arrays, Index, keep, stamp_numbers
+from fastscarce.data.source import UNLABELLED, Names, Positions, Source, identify, printable
 from fastscarce.errors import DataError
 
 __all__ = ["FileReader", "open_folder"]
@@ -41,6 +42,10 @@ class FileReader:
         return [
             _read_file(os.path.join(self.root, self.names[place])) for place in positions.tolist()
         ]
+
+    def stamps(self) -> npt.NDArray[np.uint64]:
+        """uint64 ``(n,)``: changes when a file does."""
+        return stamp_numbers(os.path.join(self.root, name) for name in self.names)
 
 
 def _read_file(path: str) -> bytes:
@@ -109,7 +114,8 @@ def open_folder(
 
 def _index(root: Path, unlabelled: Path | None, flat: bool) -> Index:
     classes, files = _list_flat(root) if flat else _list(root, unlabelled)
-    paths, keys = Names(files.paths), Names(files.keys)
+    paths, keys = Names(files.paths), Names(map(printable, files.keys))
+    names = Names(map(printable, classes))
     arrays: Arrays = {
         "paths": paths.block[0],
         "path_ends": paths.block[1],
@@ -118,8 +124,8 @@ def _index(root: Path, unlabelled: Path | None, flat: bool) -> Index:
         "ids": identify(files.keys),
         "labels": np.array(files.labels, dtype=np.int64),
         "is_test": np.array(files.tests, dtype=bool),
-        "classes": Names(classes).block[0],
-        "class_ends": Names(classes).block[1],
+        "classes": names.block[0],
+        "class_ends": names.block[1],
     }
     return Index(arrays, {}, files.folders)
 

@@ -65,7 +65,7 @@ class ImageSet:
             found = ", ".join(self.classes) or "none"
             raise DataError(
                 f"{self.name} needs at least 2 classes, got {len(self.classes)} ({found});"
-                " add a sub-folder of images for each class."
+                " give labelled images of each, or name their labels by --labels-file."
             )
 
     def __len__(self) -> int:

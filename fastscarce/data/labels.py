@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastscarce.data.classes import number_names
 from fastscarce.data.images import ImageSet
+from fastscarce.data.paths import local
 from fastscarce.data.source import UNLABELLED, Source
 from fastscarce.data.splitting import PARTS, Given, Split
 from fastscarce.data.tabular import PARQUET, TEXT, first_of, read_columns, schema_of
@@ -39,7 +40,7 @@ def relabel(source: Source, path: str | Path) -> tuple[Source, Given]:
     Raises:
         DataError: The file can't be read, or names samples, classes or parts that there are not.
     """
-    text = str(Path(path).expanduser())
+    text = str(local(path))
     if not text.lower().endswith((*PARQUET, *TEXT)):
         raise DataError(f"The labels file {text} must be .csv, .tsv or .parquet.")
     schema = schema_of(text)

@@ -6,11 +6,12 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from fastscarce.errors import DataError
 
-__all__ = ["expand", "is_remote", "mark_test", "open_file", "system_of"]
+__all__ = ["expand", "is_remote", "local", "mark_test", "open_file", "system_of"]
 
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _WORDS = re.compile(r"\{([^{}]*,[^{}]*)\}")
@@ -19,6 +20,11 @@ _WORDS = re.compile(r"\{([^{}]*,[^{}]*)\}")
 def is_remote(path: str) -> bool:
     """Whether a path is a URL that fsspec opens."""
     return "://" in path
+
+
+def local(path: str | Path) -> Path:
+    """A local path, ``~`` resolved where there is such a user."""
+    return Path(os.path.expanduser(path))
 
 
 def system_of(url: str) -> tuple[Any, str]:
@@ -32,7 +38,7 @@ def system_of(url: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise DataError(f"{url} can't be opened: {error}") from error
+        raise DataError(f"{url} can't be opened: {error}.") from error
     return system, path
 
 

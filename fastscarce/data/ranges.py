@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from fastscarce.data.index import stamp_numbers
 from fastscarce.data.paths import is_remote, system_of
 from fastscarce.data.source import Positions
 from fastscarce.errors import DataError
 
 __all__ = ["RangeReader"]
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads a place over 64 bits
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class RangeReader:
             for (row, _), content in zip(remote, contents, strict=True):
                 result[row] = content
         return result
+
+    def stamps(self) -> npt.NDArray[np.uint64]:
+        """uint64 ``(n,)``: changes when the file of a sample does, or its place in it."""
+        files = stamp_numbers(self.files)[self.file]
+        place = self.start.astype(np.uint64) * _ODD + self.size.astype(np.uint64)
+        return np.where(files == 0, np.uint64(0), files ^ place)
 
     def _local(self, place: int) -> bytes:
         number, size = int(self.file[place]), int(self.size[place])

@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from fastscarce.data.index import keep_digests
 from fastscarce.errors import DataError
 
-__all__ = ["UNLABELLED", "Failure", "Names", "Positions", "Reader", "Source", "identify"]
+__all__ = [
+    "UNLABELLED",
+    "Failure",
+    "Names",
+    "Positions",
+    "Reader",
+    "Source",
+    "Stamped",
+    "identify",
+    "printable",
+]
 
 UNLABELLED = -1
 
@@ -39,6 +50,11 @@ def identify(keys: Iterable[str | bytes]) -> npt.NDArray[np.int64]:
         for key in keys
     )
     return np.frombuffer(digests, dtype="<i8").astype(np.int64)
+
+
+def printable(name: str) -> str:
+    """A file's name in which bytes that are no UTF-8 are written out, so that it can be printed."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Names(Sequence[str]):
@@ -68,6 +84,12 @@ class Names(Sequence[str]):
 
     def __len__(self) -> int:
         return int(self._ends.size)
+
+    def __iter__(self) -> Iterator[str]:
+        block, start = self._block.tobytes(), 0
+        for end in self._ends.tolist():
+            yield block[start:end].decode("utf-8", "surrogateescape")
+            start = end
 
     @overload
     def __getitem__(self, place: int) -> str: ...
@@ -116,6 +138,14 @@ class Reader(Protocol):
         Raises:
             DataError: One of them can't be read; the text says why, and no name.
         """
+
+
+@runtime_checkable
+class Stamped(Protocol):
+    """A reader that can tell which samples have changed without reading them."""
+
+    def stamps(self) -> npt.NDArray[np.uint64]:
+        """uint64 ``(n,)``: changes when the file of a sample does; 0 where nothing can be said."""
 
 
 @dataclass(frozen=True)
@@ -216,20 +246,26 @@ class Source:
             yield from zip(places.tolist(), self.read_each(places), strict=True)
 
     def digests(self) -> npt.NDArray[np.uint64]:
-        """uint64 ``(n,)``: a hash of each sample's content, 0 where it can't be read."""
-        found = np.zeros(len(self), dtype=np.uint64)
-        for place, item in self.contents():
-            if not isinstance(item, Failure):
-                content = item if isinstance(item, bytes) else np.ascontiguousarray(item).data
-                digest = hashlib.blake2b(content, digest_size=8).digest()
-                found[place] = int.from_bytes(digest, "little")
+        """uint64 ``(n,)``: a hash of each sample's content, 0 where it can't be read.
+
+        Those of files are kept in the cache, and found again only where a file has changed.
+        """
+        if isinstance(self.reader, Stamped):
+            return keep_digests(self.ids, self.reader.stamps(), self._digest)
+        return self._digest(np.arange(len(self), dtype=np.int64))
+
+    def _digest(self, positions: Positions) -> npt.NDArray[np.uint64]:
+        found = np.zeros(len(positions), dtype=np.uint64)
+        for start in range(0, len(positions), _CHUNK):
+            for row, item in enumerate(self.read_each(positions[start : start + _CHUNK]), start):
+                if not isinstance(item, Failure):
+                    content = item if isinstance(item, bytes) else np.ascontiguousarray(item).data
+                    digest = hashlib.blake2b(content, digest_size=8).digest()
+                    found[row] = int.from_bytes(digest, "little")
         return found
 
     def fingerprint(self) -> str:
-        """Hex digest of ids, labels, contents, test split and classes, whatever their order.
-
-        Reads every sample once.
-        """
+        """Hex digest of ids, labels, contents, test split and classes, whatever their order."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((self.shape, self.classes)).encode())
         order = np.argsort(self.ids)

@@ -12,6 +12,7 @@ from fastscarce.data.idx import open_idx
 from fastscarce.data.images import ImageSet
 from fastscarce.data.join import add_unlabelled
 from fastscarce.data.load import load_images
+from fastscarce.data.paths import local
 from fastscarce.data.source import Source
 from fastscarce.data.table import open_table
 from fastscarce.data.webdataset import open_webdataset
@@ -67,17 +68,17 @@ def open_source(
             )
     if kind == "folder":
         more = _folder(unlabelled)
-        source = open_folder(Path(path).expanduser(), unlabelled=more, flip=flip)
+        source = open_folder(local(path), unlabelled=more, flip=flip)
         if more is not None:
             return source
     elif kind == "idx":
-        source = open_idx(Path(path).expanduser(), flip=flip)
+        source = open_idx(local(path), flip=flip)
     elif kind == "table":
         source = open_table(path, **keys, flip=flip)
     elif kind == "webdataset":
         source = open_webdataset(path, image_key=image_key, label_key=label_key, flip=flip)
     elif kind == "arrays":
-        source = open_arrays(Path(path), **keys, flip=flip)
+        source = open_arrays(local(path), **keys, flip=flip)
     if unlabelled is None:
         return source
     return add_unlabelled(source, _open_unlabelled(unlabelled, image_key))
@@ -130,7 +131,7 @@ def _folder(unlabelled: str | None) -> Path | None:
     """The folder that ``unlabelled`` names, or None where it names no folder."""
     if unlabelled is None or unlabelled.partition(":")[0] in {*KINDS, "digits"} - {"folder"}:
         return None
-    return Path(unlabelled.removeprefix("folder:")).expanduser()
+    return local(unlabelled.removeprefix("folder:"))
 
 
 def _open_unlabelled(spec: str, image_key: str | None) -> Source:

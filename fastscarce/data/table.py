@@ -81,6 +81,9 @@ def open_table(
         DataError: A file or a column is missing or unreadable, or a value makes no sense.
     """
     files = expand(pattern, (*PARQUET, *TEXT))
+    for path in files:
+        if not path.lower().endswith((*PARQUET, *TEXT)):
+            raise DataError(f"The table {path} must be {', '.join((*TEXT, *PARQUET))}.")
     key = "\n".join(["table", *map(os.path.abspath, files), repr((image_key, label_key, id_key))])
     index = keep(key, lambda: _index(files, key, image_key, label_key, id_key))
     arrays, facts = index.arrays, index.facts

@@ -34,7 +34,7 @@ def schema_of(path: str) -> pa.Schema:
     if path.lower().endswith(PARQUET):
         with open_parquet(path) as file:
             return file.schema_arrow
-    return _text(path).schema
+    return _text_schema(path)
 
 
 def open_parquet(path: str) -> pa.parquet.ParquetFile:
@@ -59,9 +59,8 @@ def read_columns(path: str, columns: Sequence[str]) -> pa.Table:
     """
     columns = list(dict.fromkeys(columns))
     if not path.lower().endswith(PARQUET):
-        table = _text(path)
-        need(path, table.schema, columns)
-        return table.select(columns)
+        need(path, schema_of(path), columns)
+        return _text(path, columns)
     with open_parquet(path) as file:
         need(path, file.schema_arrow, columns)
         if not columns:
@@ -95,16 +94,27 @@ def line_of(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-def _text(path: str) -> pa.Table:
+def _text_options(path: str) -> pa.csv.ParseOptions:
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+
+
+def _text_schema(path: str) -> pa.Schema:
+    """The names of the first line. All are strings: a label 007 is a word."""
     try:
-        # Opened for its names first: a label 007 is a word, and types must not depend on rows.
-        with pa.csv.open_csv(path, parse_options=parse) as file:
-            names = file.schema.names
-        convert = pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-        )
-        return pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    except (OSError, pa.ArrowException) as error:
+        with pa.csv.open_csv(path, parse_options=_text_options(path)) as file:
+            return pa.schema([(name, pa.string()) for name in file.schema.names])
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"{path} is no table that can be read: {line_of(error)}.") from error
+
+
+def _text(path: str, columns: list[str]) -> pa.Table:
+    convert = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(columns, pa.string()),
+        include_columns=columns,
+        strings_can_be_null=False,
+    )
+    try:
+        return pa.csv.read_csv(path, parse_options=_text_options(path), convert_options=convert)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path} is no table that can be read: {line_of(error)}.") from error

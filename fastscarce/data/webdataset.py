@@ -17,7 +17,7 @@ from fastscarce.data.decode import SUFFIXES
 from fastscarce.data.index import Arrays, Index, keep
 from fastscarce.data.paths import expand, is_remote, mark_test, open_file
 from fastscarce.data.ranges import RangeReader
-from fastscarce.data.source import UNLABELLED, Names, Source, identify
+from fastscarce.data.source import UNLABELLED, Names, Source, identify, printable
 from fastscarce.errors import DataError
 
 __all__ = ["open_webdataset"]
@@ -113,7 +113,7 @@ def _index(places: Sequence[str], image_key: str | None, label_key: str | None) 
             f"{unlabelled} images of the test split have no label; name the shards without them, or"
             " give them labels."
         )
-    keys = Names(found.keys)
+    keys = Names(map(printable, found.keys))
     arrays: Arrays = {
         "ids": identify(found.keys),
         "names": keys.block[0],

@@ -16,12 +16,12 @@ from fastscarce.data import (
     Given,
     ImageSet,
     Split,
-    Storage,
     load_images,
     open_source,
     relabel,
     split,
 )
+from fastscarce.data.load import Storage
 from fastscarce.errors import ModelError
 from fastscarce.models import create, freeze
 from fastscarce.pseudo import PseudoLabels, from_logits, select

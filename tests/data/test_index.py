@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -32,14 +33,28 @@ def age(*paths: Path) -> None:
 
 
 class Counted:
-    """Calls a function, and knows how often."""
+    """Calls a function, and knows how often and with what."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.calls = function, 0
+        self.positions: list[Any] = []
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
+        self.positions += arguments[:1]
         return self.function(*arguments)
+
+
+@dataclasses.dataclass
+class Watching:
+    """A reader whose reads are counted."""
+
+    inner: Any
+    read: Counted
+
+    def stamps(self) -> np.ndarray:
+        found: np.ndarray = self.inner.stamps()
+        return found
 
 
 def test_built_once_until_something_changes(tmp_path: Path) -> None:
@@ -105,6 +120,31 @@ def test_a_folder_is_listed_again_when_its_names_change(
     (root / "b" / "deep" / "0.png").rename(root / "a" / "deep" / "2.png")
     with pytest.raises(folder_module.DataError, match="set/b has no images"):
         open_source(f"folder:{root}")
+
+
+def test_only_what_changed_is_read_again(tmp_path: Path, scans: list[Any]) -> None:
+    root = tmp_path / "set"
+    for name, content, label in scans:
+        (root / "ab"[label % 2]).mkdir(parents=True, exist_ok=True)
+        (root / "ab"[label % 2] / name).write_bytes(content)
+        age(root / "ab"[label % 2] / name)
+    source = open_source(f"folder:{root}")
+    read = Counted(source.reader.read)
+    watched = dataclasses.replace(source, reader=Watching(source.reader, read))
+    first = watched.fingerprint()
+    assert read.calls == 1
+    assert watched.fingerprint() == source.fingerprint() == first
+    assert read.calls == 1
+    path = root / source.name_of(4)
+    path.write_bytes(scans[0][1] + b"more")
+    second = watched.fingerprint()
+    assert second != first
+    assert read.positions[-1].tolist() == [4]
+    assert watched.fingerprint() == second
+    assert len(read.positions) == 3  # too young to be trusted
+    age(path)
+    assert watched.fingerprint() == watched.fingerprint() == second
+    assert len(read.positions) == 4
 
 
 def test_images_of_a_table_are_unpacked_once(

@@ -149,12 +149,14 @@ def test_tables_of_several_folders(tmp_path: Path, scans: list[Any]) -> None:
         ("path,path\nx,1\n", {}, "has two columns 'path'"),
         ("path,label\nx\n", {}, "is no table that can be read"),
         ("", {}, "is no table that can be read"),
+        ("path,l\xe4bel\nx,1\n", {"label_key": "label"}, "is no table that can be read"),
+        ("path,label\nx,\xe4\n", {}, "invalid UTF8 data"),
         ("path,id\nx,\n", {"id_key": "id"}, "needs an id in every row"),
         ("path,label,split\nx,1,train\ny,,test\n", {}, "1 images of the test split have no label"),
     ],
 )
 def test_broken_text(tmp_path: Path, content: str, options: dict[str, str], message: str) -> None:
-    (tmp_path / "t.csv").write_text(content, encoding="utf-8")
+    (tmp_path / "t.csv").write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=message):
         open_source(f"table:{tmp_path / 't.csv'}", **options)
 
@@ -181,6 +183,9 @@ def test_no_parquet_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match="is no Parquet table"):
         open_source(f"table:{tmp_path / 't.parquet'}")
+    (tmp_path / "t.txt").write_text("path,label\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"t\.txt must be \.csv, \.tsv, \.parquet, \.pq"):
+        open_source(f"table:{tmp_path / 't.txt'}")
     for name in ("none.csv", "*.csv"):
         with pytest.raises(DataError, match="names no file"):
             open_source(f"table:{tmp_path / name}")

@@ -160,6 +160,8 @@ void __stwb(T* at, T value) {
 // ---- arithmetic
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline double __longlong_as_double(int64_t x) { return std::bit_cast<double>(x); }
 inline int64_t __double_as_longlong(double x) { return std::bit_cast<int64_t>(x); }
 // Not inlined: a product that no addition is joined to.
 float __fmul_rn(float a, float b);
