@@ -119,12 +119,12 @@ def decode_crop(
         DataError: It can't be decoded. The text is the reason, without the image's name.
     """
     header = inspect(content)
-    image = None
     if header.format == "JPEG" and header.plain and header.orientation == 1:
-        image = _scaled(content, header, box, image_size, channels)
-    if image is None:
-        image = decode_whole(content, grey=channels == 1)
-    return resize_crop(image, box, image_size=image_size)
+        part = _part(content, header, box, image_size, channels)
+        if part is not None:
+            return _resized(part, image_size)
+    whole = decode_whole(content, grey=channels == 1)
+    return resize_crop(whole, box, image_size=image_size)
 
 
 def resize_crop(
@@ -133,7 +133,11 @@ def resize_crop(
     """Bring a box of an image, uint8 ``(height, width, channels)``, to a size."""
     shape = (image.shape[0], image.shape[1])
     left, top, right, bottom = pixels_of(box, shape=shape, image_size=image_size)
-    part = torch.from_numpy(image[top:bottom, left:right].copy())
+    return _resized(image[top:bottom, left:right].copy(), image_size)
+
+
+def _resized(image: npt.NDArray[np.uint8], image_size: tuple[int, int]) -> Tensor:
+    part = torch.from_numpy(image)
     if part.shape[:2] == image_size:
         return part
     resized = torch.nn.functional.interpolate(
@@ -142,30 +146,31 @@ def resize_crop(
     return resized[0].permute(1, 2, 0)
 
 
-def _scaled(
+def _part(
     content: bytes,
     header: Header,
     box: npt.ArrayLike,
     image_size: tuple[int, int],
     channels: int,
 ) -> npt.NDArray[np.uint8] | None:
-    """A plain JPEG, decoded no larger than the box needs it; None where it is broken."""
+    """The box of a plain JPEG, decoded no larger than it needs to be; None where it is broken."""
     from PIL import Image
 
     shape = (header.height, header.width)
-    left, top, right, bottom = pixels_of(box, shape=shape, image_size=image_size)
-    enough = min((right - left) / image_size[1], (bottom - top) / image_size[0])
+    pixels = pixels_of(box, shape=shape, image_size=image_size)
+    enough = min((pixels[2] - pixels[0]) / image_size[1], (pixels[3] - pixels[1]) / image_size[0])
+    mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(io.BytesIO(content)) as image:
             if enough >= 2.0:
-                image.draft(
-                    "L" if channels == 1 else "RGB",
-                    (math.ceil(header.width / enough), math.ceil(header.height / enough)),
-                )
-            levels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+                size = (math.ceil(header.width / enough), math.ceil(header.height / enough))
+                image.draft(mode, size)
+                shape = (image.height, image.width)
+                pixels = pixels_of(box, shape=shape, image_size=image_size)
+            part = np.array(image.crop(pixels).convert(mode), dtype=np.uint8)
     except Exception:  # `decode_whole` says what is wrong, or mends it
         return None
-    return levels.reshape(*levels.shape[:2], channels)
+    return part.reshape(*part.shape[:2], channels)
 
 
 def as_channels(image: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:

@@ -46,11 +46,17 @@ class Decoded:
 
 
 def decode_request(
-    source: Source, request: Request, *, image_size: tuple[int, int], channels: int
+    source: Source,
+    request: Request,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    shared: bool = False,
 ) -> Decoded:
-    """Read and decode in this process."""
-    rows = len(request.positions)
-    images = torch.zeros((rows, *image_size, channels), dtype=torch.uint8)
+    """Read and decode in this process, into shared memory if asked for."""
+    images = torch.empty((len(request.positions), *image_size, channels), dtype=torch.uint8)
+    if shared:
+        images.share_memory_()
     failures: dict[int, Failure] = {}
     for row, content in enumerate(source.read_each(request.positions)):
         if isinstance(content, Failure):
@@ -65,6 +71,7 @@ def decode_request(
             images[row] = image
         except DataError as error:
             failures[row] = source.failure(request.positions[row], str(error))
+    images[list(failures)] = 0
     return Decoded(images, failures)
 
 

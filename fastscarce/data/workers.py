@@ -26,13 +26,15 @@ class _Decoder(Dataset[tuple[Tensor, dict[int, Failure]]]):
         self._channels = channels
 
     def __getitem__(self, request: Request) -> tuple[Tensor, dict[int, Failure]]:
+        # Shared from the start, where an error goes to the parent: a queue that finds shared memory
+        # full drops the batch, and the parent would wait for ever.
         done = decode_request(
-            self._source, request, image_size=self._image_size, channels=self._channels
+            self._source,
+            request,
+            image_size=self._image_size,
+            channels=self._channels,
+            shared=get_worker_info() is not None,
         )
-        if get_worker_info() is not None:
-            # Here, where an error goes to the parent: a queue that finds shared memory full drops
-            # the batch, and the parent would wait for ever.
-            done.images.share_memory_()
         return done.images, done.failures
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_data
 import bench_kd_loss
 import bench_losses
 import bench_sources
@@ -235,3 +236,16 @@ def test_sources_are_read_alike(
     printed = capsys.readouterr().out
     assert printed.count("| 1.00 |") >= 2
     assert all(f"| {kind} |" in printed for kind in bench_sources.KINDS)
+
+
+def test_loaders_are_counted_from_files_and_from_the_pool(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates = {"Pillow decodes, a core": bench_data.decoded(20), "another": 1.0}
+    for name in ("fastscarce, files", "fastscarce, pool"):
+        rates[name] = bench_data.turn(bench_data.METHODS[name], 70, 0.05)
+    assert all(rate > 0 for rate in rates.values())
+    bench_data.print_table(rates)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(rates)
+    assert f"| fastscarce, pool | {rates['fastscarce, pool']:.0f} |" in lines[-1]
