@@ -7,5 +7,15 @@ from fastscarce.train.finetune import finetune
 from fastscarce.train.label import label
 from fastscarce.train.run import Run, open_run
 from fastscarce.train.selftrain import selftrain
+from fastscarce.train.tables import build_table, verify_table
 
-__all__ = ["Run", "distill", "finetune", "label", "open_run", "selftrain"]
+__all__ = [
+    "Run",
+    "build_table",
+    "distill",
+    "finetune",
+    "label",
+    "open_run",
+    "selftrain",
+    "verify_table",
+]

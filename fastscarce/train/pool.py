@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastscarce.augment import Plan, Policy, apply, draw, get_policy
+from fastscarce.cache import normalisation
 from fastscarce.data import ImageSet
 from fastscarce.train.run import Run
 
@@ -53,14 +54,19 @@ class Pool:
             seed=seed,
         )
 
-    def draw(self, positions: Positions, policy: str | Policy, view: int | Positions) -> Plan:
-        """What is done to some images: a function of (seed, id, view) and the policy."""
+    def policy(self, policy: str | Policy) -> Policy:
+        """A policy as it is for these images: without flips that change a label, and its fill."""
         chosen = get_policy(policy)
         if not self.flip:
             chosen = chosen.without("flip")
-        _, height, width, channels = self.images.shape
-        if channels == 3:  # of grey scans the ground is black; a photograph has none
+        if self.images.shape[3] == 3:  # of grey scans the ground is black; a photograph has none
             chosen = replace(chosen, fill="reflect")
+        return chosen
+
+    def draw(self, positions: Positions, policy: str | Policy, view: int | Positions) -> Plan:
+        """What is done to some images: a function of (seed, id, view) and the policy."""
+        chosen = self.policy(policy)
+        _, height, width, _ = self.images.shape
         ids = self.ids[positions]
         return draw(chosen, ids, view=view, seed=self.seed, image_size=(height, width))
 
@@ -82,18 +88,6 @@ class Pool:
     ) -> Tensor:
         """Views of some images: drawn and carried out."""
         return self.carry_out(self.draw(positions, policy, view), positions, model)
-
-
-def normalisation(
-    model: nn.Module, channels: int
-) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
-    """Mean and deviation that a model's inputs are normalised by: timm's own, else one half."""
-    inner = getattr(model, "module", model)
-    facts = getattr(inner, "pretrained_cfg", None) or {}
-    mean, std = facts.get("mean"), facts.get("std")
-    if mean is None or std is None or len(mean) != channels:
-        return 0.5, 0.5
-    return tuple(mean), tuple(std)
 
 
 @torch.no_grad()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
+from fastscarce.cache import normalisation
 from fastscarce.config import DataConfig, LabelConfig, ModelConfig, StageConfig
 from fastscarce.data import ImageSet, Split, load, split
 from fastscarce.errors import ModelError
 from fastscarce.models import create, freeze
 from fastscarce.pseudo import PseudoLabels, from_logits, select
 from fastscarce.pseudo import temperature as find_temperature
-from fastscarce.train.pool import Pool, Positions, accuracy, normalisation, predict
+from fastscarce.train.pool import Pool, Positions, accuracy, predict
 from fastscarce.train.run import Run, derive_seed
 
-__all__ = ["Task", "prepare"]
+__all__ = ["Task", "open_data", "prepare"]
 
 # From how many labels a class some are held out, and which part of them.
 HOLDOUT_FROM = 20
@@ -119,9 +121,22 @@ def _holdout_per_class(config: DataConfig, images: ImageSet) -> int:
 
 
 def prepare(run: Run, config: DataConfig) -> Task:
-    """Load and split the data set, and move it to the run's device.
+    """Load and split the data set, and move it to the run's device; see `open_data`."""
+    return Task(run, *open_data(config, seed=run.config.seed, device=run.device, say=run.say))
+
+
+def open_data(
+    config: DataConfig, *, seed: int, device: torch.device, say: Callable[[str], None]
+) -> tuple[ImageSet, Split, Pool]:
+    """A data set, its split, and its images on a device.
 
     The hold-out is taken from the labels that may be used, never beside them.
+
+    Args:
+        config: Which data and which of its labels.
+        seed: Of the split and of all views.
+        device: Where the images go.
+        say: Gets lines for people.
 
     Raises:
         DataError: The data can't be read, or has fewer labels than are asked for.
@@ -140,14 +155,14 @@ def prepare(run: Run, config: DataConfig) -> Task:
         labels_per_class=labels if labels is None else max(1, labels - holdout),
         holdout_per_class=holdout,
         test_fraction=config.test_fraction,
-        seed=run.config.seed,
+        seed=seed,
     )
-    run.say(
+    say(
         f"{images.name}: {len(images.classes)} classes, {len(parts.labelled)} labelled, "
         f"{len(parts.holdout)} held out, {len(parts.unlabelled)} unlabelled, "
         f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
     )
     for path in images.skipped:
-        run.say(f"skipped {path}: it can't be read")
-    pool = Pool.of(images, seed=derive_seed(run.config.seed, "views"), device=run.device)
-    return Task(run, images, parts, pool)
+        say(f"skipped {path}: it can't be read")
+    pool = Pool.of(images, seed=derive_seed(seed, "views"), device=device)
+    return images, parts, pool
