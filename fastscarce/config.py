@@ -122,8 +122,11 @@ class StudentConfig(StageConfig):
 
     Attributes:
         unlabelled_batch_size: Pseudo-labelled rows a step.
-        alpha: Weight of the distillation term; the labels' cross entropy has the rest.
+        alpha: Weight of the distillation term; the labels' cross entropy has the rest. At 1 the
+            labelled rows are left out.
         temperature: What student and teacher logits are divided by.
+        loss: Of the distillation: `kl`, `hard` (cross entropy with the teacher's first class) or
+            `dkd`, which tells the label's class from the rest.
     """
 
     learning_rate: float = 0.2
@@ -131,6 +134,7 @@ class StudentConfig(StageConfig):
     unlabelled_batch_size: int = 192
     alpha: float = 0.5
     temperature: float = 1.0
+    loss: Literal["kl", "hard", "dkd"] = "kl"
 
 
 @dataclass
@@ -244,22 +248,6 @@ class LabelCommandConfig(DataConfig, RunConfig):
 
 
 @dataclass
-class DistillConfig(DataConfig, RunConfig):
-    """Train a student on labelled and pseudo-labelled images.
-
-    Attributes:
-        labels: Result folder of `label`.
-        model: The student's network.
-        student: How it is trained.
-    """
-
-    out: str = "runs/distill"
-    labels: str = "runs/labels"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    student: StudentConfig = field(default_factory=StudentConfig)
-
-
-@dataclass
 class TeacherConfig:
     """Who teaches.
 
@@ -276,6 +264,43 @@ class TeacherConfig:
     teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     teacher_image_size: int | None = None
     class_map: str | None = None
+
+
+@dataclass
+class DistillConfig(DataConfig, RunConfig, TeacherConfig):
+    """Train a student on labelled images, and on what a teacher says of all.
+
+    What it says is read from a table of `cache build`, asked of the teacher itself, or is the
+    pseudo-labels of `label` where neither is given.
+
+    Attributes:
+        cache: Table, or folder of tables, of the same data and seed.
+        teacher: As of `cache build`. With `cache` it says what the table lacks. Empty: none.
+        labels: Result folder of `label`.
+        policy: Of the views that the teacher sees. `null` is the table's; without a table
+            `student.augmentation`.
+        views: After how many epochs an image's first view comes again. `null`: as many as the table
+            has; without a table never.
+        k: Classes that a teacher without a table is heard of; `null` is 16, or all where fewer.
+        preset: `consistent` (the same views for both, KL alone, at least 30 epochs), `deit` (cross
+            entropy with labels and with the teacher's first class, half and half) or `dkd` (at
+            T = 4), which set the student's `alpha`, `loss`, `temperature` and `steps`.
+        allow_mismatch: Keys, joined by commas, that the table may differ in from this run.
+        model: The student's network.
+        student: How it is trained.
+    """
+
+    out: str = "runs/distill"
+    cache: str | None = None
+    teacher: str = ""
+    labels: str = "runs/labels"
+    policy: str | None = None
+    views: int | None = None
+    k: int | None = None
+    preset: Literal["none", "consistent", "deit", "dkd"] = "none"
+    allow_mismatch: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
 
 
 @dataclass

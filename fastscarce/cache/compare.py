@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from fastscarce.cache.fingerprint import differing
 from fastscarce.cache.manifest import only_table
-from fastscarce.cache.record import decode
+from fastscarce.cache.record import Layout, decode
 from fastscarce.cache.table import TeacherTable
 from fastscarce.files import write_whole
 
@@ -94,12 +95,17 @@ def diff(first: str | Path, second: str | Path) -> Difference:
                 if one.layout == two.layout:
                     equal += int((a == b).all(1).sum())
                 if comparable:
-                    p = decode(a, one.layout).dense(one.layout.classes).double()
-                    q = decode(b, two.layout).dense(two.layout.classes).double().clamp(min=-100.0)
+                    p = _log_probs(a, one.layout)
+                    q = _log_probs(b, two.layout).clamp(min=-100.0)
                     total += float(torch.where(p.isinf(), 0.0, p.exp() * (p - q)).sum())
                     flips += int((p.argmax(1) != q.argmax(1)).sum())
     kl = total / shared if shared and comparable else None
     return Difference(keys, shared, equal, kl, flips)
+
+
+def _log_probs(records: Tensor, layout: Layout) -> Tensor:
+    """Of all classes; rounded rows are brought to a sum of 1."""
+    return torch.log_softmax(decode(records, layout).dense(layout.classes).double(), dim=1)
 
 
 def export_parquet(path: str | Path, out: str | Path) -> int:

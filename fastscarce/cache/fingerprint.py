@@ -94,6 +94,11 @@ def differing(left: Content, right: Content, prefix: str = "") -> list[str]:
     return names
 
 
+def unexpected(expected: Content, found: Content) -> list[str]:
+    """Dotted names of what in ``expected`` is not so in ``found``; other keys don't matter."""
+    return differing(expected, _part_of(found, expected))
+
+
 def not_allowed(keys: Sequence[str], allowed: Sequence[str]) -> list[str]:
     """Those of ``keys`` that neither they nor a part above them are among ``allowed``."""
     return [
@@ -109,7 +114,7 @@ def require_same(
     """Refuse a table that was made of something else.
 
     Args:
-        expected: Parts of a fingerprint; those that are not given are not compared.
+        expected: A fingerprint or parts of one; keys that are not given are not compared.
         found: The table's.
         where: The table, for the error.
         allow: Keys that may differ, or parts with all that is in them.
@@ -117,14 +122,20 @@ def require_same(
     Raises:
         CacheError: Names the keys that differ.
     """
-    compared = {part: found.get(part, {}) for part in expected}
-    keys = not_allowed(differing(expected, compared), allow)
+    keys = not_allowed(unexpected(expected, found), allow)
     if keys:
         raise CacheError(
             f"{where} was made of something else: {listed(keys)} differ"
             f"{'s' if len(keys) == 1 else ''}; build a table of what you have, or pass "
             f"--allow-mismatch {keys[0]} where you know that it does not matter."
         )
+
+
+def _part_of(content: Any, shape: Any) -> Any:
+    """``content`` without the keys that ``shape`` has not; lists as they are."""
+    if not isinstance(content, Mapping) or not isinstance(shape, Mapping):
+        return content
+    return {key: _part_of(content[key], shape[key]) for key in shape if key in content}
 
 
 def listed(keys: Sequence[str]) -> str:

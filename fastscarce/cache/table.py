@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastscarce.cache.fingerprint import differing, listed, not_allowed, require_same
+from fastscarce.cache.fingerprint import differing, listed, not_allowed, require_same, unexpected
 from fastscarce.cache.journal import Line, journals, read_journal
 from fastscarce.cache.manifest import find_tables, only_table, read_manifest, read_samples
 from fastscarce.cache.record import Layout, decode, tags_of
@@ -269,9 +269,7 @@ def _chosen(path: Path, expect: dict[str, Any] | None, allow: Iterable[str]) -> 
     manifests = {folder: read_manifest(folder) for folder in found}
 
     def odd(folder: Path) -> list[str]:
-        content = manifests[folder].content
-        compared = {part: content.get(part, {}) for part in expect}
-        return not_allowed(differing(expect, compared), allowed)
+        return not_allowed(unexpected(expect, manifests[folder].content), allowed)
 
     fitting = [folder for folder in found if not odd(folder)]
     if len(fitting) > 1:

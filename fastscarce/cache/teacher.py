@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,7 +120,7 @@ class Teacher:
         logits = said[0]
         if len(said) > 1:
             each = torch.stack([torch.log_softmax(one.float(), dim=1) for one in said])
-            logits = torch.logsumexp(each, dim=0)
+            logits = torch.logsumexp(each, dim=0) - math.log(len(said))
         return logits if self.class_map is None else self._mapped(logits)
 
     def _mapped(self, logits: Tensor) -> Tensor:
@@ -133,8 +134,9 @@ class Teacher:
         return sums.index_add_(1, target, probabilities[:, columns]).log()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The teacher's own precision, also within a student's autocast."""
         dtype = _DTYPES.get(self.precision)
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def normalisation(model: nn.Module, channels: int) -> tuple[Levels, Levels]:

@@ -155,6 +155,7 @@ def _deep(
             for start in range(0, len(places), BATCH):
                 batch = places[start : start + BATCH]
                 kept = table.rows(samples.ids[batch], view).dense(manifest.layout.classes)
+                kept = torch.log_softmax(kept.float(), dim=1)  # rounded rows miss a sum of 1
                 first = _ask(teacher, samples, batch, policy, seed, view)
                 second = _ask(teacher, samples, batch[::-1].copy(), policy, seed, view).flip(0)
                 rows += len(batch)

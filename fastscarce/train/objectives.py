@@ -6,20 +6,27 @@ and every process has equally many, so the mean of the processes' means is the m
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastscarce.augment import CutMix, Policy, get_policy
+from fastscarce.augment import Plan
 from fastscarce.config import StageConfig, StudentConfig
 from fastscarce.data import Stream, StreamBatch
 from fastscarce.errors import ConfigError
-from fastscarce.ops import MixedTarget, kd_loss
-from fastscarce.pseudo import PseudoLabels
+from fastscarce.ops import MixedTarget, TopK, kd_loss
 from fastscarce.train.pool import Pool, Positions
 from fastscarce.train.run import Run, derive_seed
+from fastscarce.train.teaching import (
+    Teaching,
+    mixed_labels,
+    mixed_log_probs,
+    mixed_rows,
+    with_mixing,
+)
 
 __all__ = ["SelfTraining", "Supervised"]
+
+_NO_LABEL = -100  # what the losses ignore
 
 
 def _stream(run: Run, name: str, positions: Positions, batch_size: int) -> Stream:
@@ -44,21 +51,13 @@ def _piece(batch: StreamBatch, piece: int, pieces: int) -> tuple[Positions, Posi
     return batch.positions[part], batch.view[part]
 
 
-def _policy(settings: StageConfig) -> Policy:
-    """The stage's policy, with CutMix of neighbours where it asks for it."""
-    policy = get_policy(settings.augmentation)
-    if settings.cutmix_probability <= 0.0 or settings.cutmix_alpha <= 0.0:
-        return policy
-    return policy.followed_by(CutMix(settings.cutmix_alpha, settings.cutmix_probability))
-
-
 class Supervised:
     """Cross entropy on labelled images."""
 
     def __init__(self, run: Run, pool: Pool, labelled: Positions, settings: StageConfig) -> None:
         self._pool = pool
         self._settings = settings
-        self._policy = _policy(settings)
+        self._policy = with_mixing(settings.augmentation, settings)
         self._stream = _stream(run, "batch_size", labelled, settings.batch_size)
         self.rows = settings.batch_size
 
@@ -79,11 +78,21 @@ class Supervised:
 
 
 class SelfTraining:
-    """Cross entropy on labelled images and distillation on pseudo-labelled ones, one forward pass.
+    """Cross entropy on labelled images and distillation on taught ones, one forward pass.
 
-    A mixed pseudo-labelled image is taught the same mixture of its two teacher rows.
+    A mixed image is taught the same mixture of its two teacher rows. Without a weight on the labels
+    the labelled images are left out.
 
-    Source: Xie et al., "Self-training with Noisy Student improves ImageNet classification" (2020).
+    Args:
+        run: Gives the processes.
+        pool: The images.
+        labelled: Those whose labels may be used.
+        teaching: Which images are taught what.
+        settings: Batch sizes, weights and the loss of the taught images.
+
+    Source: Xie et al., "Self-training with Noisy Student improves ImageNet classification" (2020);
+    hard labels: Touvron et al., "Training data-efficient image transformers" (ICML 2021); DKD: Zhao
+    et al., "Decoupled Knowledge Distillation" (CVPR 2022).
     """
 
     def __init__(
@@ -91,60 +100,57 @@ class SelfTraining:
         run: Run,
         pool: Pool,
         labelled: Positions,
-        labels: PseudoLabels,
+        teaching: Teaching,
         settings: StudentConfig,
     ) -> None:
-        self._pool = pool
         self._settings = settings
-        self._labelled = Supervised(run, pool, labelled, settings)
-        self._policy = _policy(settings)
-        place = {int(number): position for position, number in enumerate(pool.ids)}
-        positions = np.array([place[int(number)] for number in labels.ids], dtype=np.int64)
-        lessons = np.repeat(positions, labels.repeats)
-        if len(lessons) == 0:
-            raise ConfigError(
-                "No pseudo-label passes the selection; lower labels.threshold or raise "
-                "labels.keep_per_class."
-            )
+        self._teaching = teaching
+        self._labelled = None
+        self.rows = settings.unlabelled_batch_size
+        if settings.alpha < 1.0:
+            self._labelled = Supervised(run, pool, labelled, settings)
+            self.rows += settings.batch_size
         self._stream = _stream(
-            run, "unlabelled_batch_size", lessons, settings.unlabelled_batch_size
+            run, "unlabelled_batch_size", teaching.lessons, settings.unlabelled_batch_size
         )
-        # A row a position of the pool, so that a batch's rows are one gather.
-        self._row = torch.full((len(pool.ids),), -1, dtype=torch.int64, device=pool.images.device)
-        self._row[torch.from_numpy(positions)] = torch.arange(
-            len(positions), device=pool.images.device
-        )
-        self._log_probs = torch.from_numpy(labels.log_probs).to(pool.images.device)
-        self.rows = settings.batch_size + settings.unlabelled_batch_size
+        # Labels of the taught images themselves, for the loss that tells the label's class apart.
+        self._known = torch.full_like(pool.labels, _NO_LABEL)
+        if settings.loss == "dkd":
+            place = torch.from_numpy(labelled).to(pool.labels.device)
+            self._known[place] = pool.labels[place]
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Weighted sum of the two means, float32 scalar in nats."""
         settings = self._settings
-        images, target = self._labelled.batch(model, step, piece, pieces)
         positions, view = _piece(self._stream.batch(step), piece, pieces)
-        plan = self._pool.draw(positions, self._policy, view)
-        others = self._pool.carry_out(plan, positions, model)
-        device = others.device
-        rows = self._log_probs[self._row[torch.from_numpy(positions).to(device)]]
-        teacher = mix_rows(rows, rows[plan.partner.to(device)], plan.lam.to(device))
-        logits = model(torch.cat([images, others]))
-        taught, learned = logits[: len(images)], logits[len(images) :]
-        label_loss = kd_loss(taught, None, target, label_smoothing=settings.label_smoothing)
-        teacher_loss = kd_loss(learned, teacher, None, temperature=settings.temperature)
+        taught, plan, rows = self._teaching.views(positions, view, model)
+        if self._labelled is None:
+            return self._taught_loss(model(taught), positions, plan, rows)
+        images, target = self._labelled.batch(model, step, piece, pieces)
+        logits = model(torch.cat([images, taught]))
+        learned = logits[len(images) :]
+        label_loss = kd_loss(
+            logits[: len(images)], None, target, label_smoothing=settings.label_smoothing
+        )
+        teacher_loss = self._taught_loss(learned, positions, plan, rows)
         return (1.0 - settings.alpha) * label_loss + settings.alpha * teacher_loss
 
-
-def mix_rows(own: Tensor, other: Tensor, lam: Tensor) -> Tensor:
-    """Log-probabilities of a mixture of two teacher rows.
-
-    Args:
-        own: Log-probabilities, ``(rows, classes)``.
-        other: The partners' log-probabilities, of the same shape.
-        lam: Weight of ``own``, ``(rows,)``, from 0 to 1.
-
-    Returns:
-        ``log(lam * exp(own) + (1 - lam) * exp(other))``, exactly ``own`` where ``lam`` is 1.
-    """
-    share = lam[:, None]
-    mixed = torch.logaddexp(own + share.log(), other + (1.0 - share).log())
-    return torch.where(share == 1.0, own, mixed)
+    def _taught_loss(self, logits: Tensor, positions: Positions, plan: Plan, rows: TopK) -> Tensor:
+        """Mean over the taught rows."""
+        settings = self._settings
+        match settings.loss:
+            case "kl":
+                teacher = mixed_rows(rows, plan)
+                return kd_loss(logits, teacher, None, temperature=settings.temperature)
+            case "hard":
+                return kd_loss(logits, None, mixed_labels(rows, plan))
+            case "dkd":
+                labels = self._known[torch.from_numpy(positions).to(self._known.device)]
+                return kd_loss(
+                    logits,
+                    mixed_log_probs(rows, plan, logits.shape[1]),
+                    plan.mixed_target(labels),
+                    loss="dkd",
+                    temperature=settings.temperature,
+                    alpha=(1.0, 0.0),
+                )
