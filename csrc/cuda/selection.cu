@@ -1,11 +1,11 @@
-// topk and confidence on a GPU: a block a row (confidence: a warp, up to 1024 classes).
+// topk, pack_topk and confidence on a GPU: a block a row (confidence: a warp, up to 1024 classes).
 //
 // topk finds the k-th largest logit by its bits, eight at a time from the highest: a histogram in
 // shared memory of those that agree so far, four rounds (eight for float64), whatever k is. What is
 // above it, and the first of those that equal it, are then collected in the order of their index by
 // a running count, and sorted in shared memory. Counts are integers and every sum has a fixed
 // order: the result is the same each time. The row is read again in each round: from L2, where
-// rows in flight fit.
+// rows in flight fit. pack_topk is the same kernel with another end: bytes of a teacher's table.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 
@@ -22,6 +22,7 @@ namespace fastscarce::cuda {
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/selection.h"
+#include "../math/record.h"
 #include "block.cuh"
 // clang-format on
 
@@ -65,9 +66,13 @@ struct TopKCall {
   int32_t* indices;
   void* log_probs;
   void* log_tail;
+  // Of rows as bytes.
+  RecordLayout layout;
+  const int64_t* tags;
+  uint8_t* records;
 };
 
-template <class A>
+template <class A, bool Packed>
 __global__ void __launch_bounds__(kThreads) topk_kernel(const TopKCall call) {
   using Key = decltype(ordered(A(0)));
   constexpr int kRounds = int(sizeof(Key));
@@ -77,6 +82,7 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(const TopKCall call) {
   __shared__ int counts[kWarps];
   __shared__ Key bound;
   __shared__ int wanted;
+  [[maybe_unused]] __shared__ uint32_t scale;
   for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
     const auto at = [&](int64_t i) { return element<A>(call.logits, row, i); };
     if (threadIdx.x == 0) {
@@ -167,11 +173,29 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(const TopKCall call) {
     chosen = sum_over_block(chosen);
     rest = sum_over_block(rest);
     const TopKRow<A> whole = finish_topk(top, chosen, rest, call.classes - call.k);
-    for (int i = int(threadIdx.x); i < call.k; i += kThreads) {
-      call.indices[row * call.k + i] = places[i];
-      static_cast<A*>(call.log_probs)[row * call.k + i] = topk_log_prob(whole, at(places[i]));
+    if constexpr (Packed) {
+      uint8_t* const record = call.records + row * call.layout.stride;
+      const auto log_prob = [&](int i) { return float(topk_log_prob(whole, at(places[i]))); };
+      if (threadIdx.x == 0) {
+        scale = 0;
+        if (call.layout.codes) {
+          int lowest = call.k - 1;
+          while (lowest > 0 && isinf(log_prob(lowest))) --lowest;
+          scale = record_scale(isinf(log_prob(lowest)) ? 0.0f : log_prob(lowest));
+        }
+        put_rest(record, call.layout, float(whole.log_tail), scale,
+                 call.tags ? uint32_t(call.tags[row]) : 0);
+      }
+      __syncthreads();
+      for (int i = int(threadIdx.x); i < call.k; i += kThreads)
+        put_class(record, call.layout, i, places[i], log_prob(i), scale);
+    } else {
+      for (int i = int(threadIdx.x); i < call.k; i += kThreads) {
+        call.indices[row * call.k + i] = places[i];
+        static_cast<A*>(call.log_probs)[row * call.k + i] = topk_log_prob(whole, at(places[i]));
+      }
+      if (threadIdx.x == 0) static_cast<A*>(call.log_tail)[row] = whole.log_tail;
     }
-    if (threadIdx.x == 0) static_cast<A*>(call.log_tail)[row] = whole.log_tail;
     __syncthreads();
   }
 }
@@ -257,17 +281,33 @@ __global__ void __launch_bounds__(kThreads) confidence_kernel(const ConfidenceCa
 
 unsigned blocks_of(int64_t rows) { return unsigned(std::min<int64_t>(rows, 1 << 20)); }
 
-std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
-  check_topk_arguments(logits, k);
-  check(k <= kMostChosen, "topk", "k of at most 2048 on a GPU");
-  const DeviceGuard guard(logits.get_device());
-  TopKCall call;
+TopKCall topk_call(const Tensor& logits, int64_t k, const char* operation) {
+  check(k <= kMostChosen, operation, "k of at most 2048 on a GPU");
+  TopKCall call{};
   call.rows = logits.size(0);
   call.classes = logits.size(1);
   call.k = int(k);
   call.padded = 1;
   while (call.padded < call.k) call.padded *= 2;
-  call.logits = matrix_of(logits, "topk");
+  call.logits = matrix_of(logits, operation);
+  return call;
+}
+
+template <bool Packed>
+void launch_topk(const TopKCall& call, const char* operation, cudaStream_t stream) {
+  const unsigned blocks = blocks_of(call.rows);
+  if (call.logits.dtype == Dtype::float64)
+    launch_kernel(operation, topk_kernel<double, Packed>,
+                  {blocks, kThreads, size_t(call.padded) * 12}, stream, call);
+  else
+    launch_kernel(operation, topk_kernel<float, Packed>,
+                  {blocks, kThreads, size_t(call.padded) * 8}, stream, call);
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
+  check_topk_arguments(logits, k);
+  const DeviceGuard guard(logits.get_device());
+  TopKCall call = topk_call(logits, k, "topk");
   const bool float64 = call.logits.dtype == Dtype::float64;
   const ScalarType type = float64 ? ScalarType::Double : ScalarType::Float;
   Tensor indices = empty_of(logits, call.rows, k, ScalarType::Int);
@@ -277,15 +317,21 @@ std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   call.log_probs = log_probs.mutable_data_ptr();
   call.log_tail = log_tail.mutable_data_ptr();
-  const unsigned blocks = blocks_of(call.rows);
-  const cudaStream_t stream = stream_of(logits);
-  if (float64)
-    launch_kernel("topk", topk_kernel<double>, {blocks, kThreads, size_t(call.padded) * 12}, stream,
-                  call);
-  else
-    launch_kernel("topk", topk_kernel<float>, {blocks, kThreads, size_t(call.padded) * 8}, stream,
-                  call);
+  launch_topk<false>(call, "topk", stream_of(logits));
   return {indices, log_probs, log_tail};
+}
+
+Tensor pack_topk(Tensor logits, int64_t k, bool codes, std::optional<Tensor> tags) {
+  check_pack_arguments(logits, k, tags);
+  const DeviceGuard guard(logits.get_device());
+  TopKCall call = topk_call(logits, k, "pack_topk");
+  call.layout = record_layout(call.classes, k, codes, tags.has_value());
+  Tensor records = empty_of(logits, call.rows, call.layout.stride, ScalarType::Byte);
+  if (call.rows == 0) return records;
+  call.tags = tags ? static_cast<const int64_t*>(tags->const_data_ptr()) : nullptr;
+  call.records = static_cast<uint8_t*>(records.mutable_data_ptr());
+  launch_topk<true>(call, "pack_topk", stream_of(logits));
+  return records;
 }
 
 template <class A>
@@ -336,5 +382,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
 
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("topk", TORCH_BOX(&fastscarce::cuda::topk));
+  m.impl("pack_topk", TORCH_BOX(&fastscarce::cuda::pack_topk));
   m.impl("confidence", TORCH_BOX(&fastscarce::cuda::confidence));
 }

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastscarce.ops import TopK, topk
+from fastscarce.ops import TopK, pack_topk
 
 __all__ = ["CODECS", "Layout", "decode", "encode", "pack", "tags_of"]
 
@@ -121,6 +121,7 @@ def encode(teacher: TopK, layout: Layout, tags: Tensor | None = None) -> Tensor:
         raise ValueError(f"encode needs {layout.k} classes a row, got {teacher.k}.")
     check_tags("encode", layout, tags, rows)
     values = teacher.log_probs.float()
+    values = torch.where(values.isnan(), torch.nan, values)  # without a sign or a payload
     if layout.dense:
         values = torch.empty_like(values).scatter_(1, teacher.indices.long(), values)
     parts = []
@@ -134,14 +135,16 @@ def encode(teacher: TopK, layout: Layout, tags: Tensor | None = None) -> Tensor:
         codes, scale = _quantised(values)
         parts += [codes, _bytes(scale[:, None])]
     if not layout.dense:
-        parts.append(_bytes(teacher.log_tail.float().half()[:, None]))
+        tail = teacher.log_tail.float()
+        tail = torch.where(tail.isnan(), torch.nan, tail)
+        parts.append(_bytes(tail.half()[:, None]))
     if tags is not None:
         parts.append(_bytes(tags.to(teacher.indices.device).to(torch.int32)[:, None]))
     return torch.cat(parts, dim=1)
 
 
 def pack(logits: Tensor, layout: Layout, tags: Tensor | None = None) -> Tensor:
-    """Rows of a teacher's logits as bytes: `encode` of their `topk`.
+    """Rows of a teacher's logits as bytes: `encode` of their `topk`, in one pass.
 
     Args:
         logits: float32, bfloat16, float16 or float64, shape ``(rows, classes)``.
@@ -151,7 +154,12 @@ def pack(logits: Tensor, layout: Layout, tags: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: As of `topk` and `encode`.
     """
-    return encode(topk(logits, layout.k), layout, tags)
+    check_tags("pack", layout, tags, logits.shape[0])
+    if logits.dim() != 2 or logits.shape[1] != layout.classes:
+        raise ValueError(
+            f"pack needs logits of shape (rows, {layout.classes}), got {tuple(logits.shape)}."
+        )
+    return pack_topk(logits, layout.k, codes=layout.codec == "uint8", tags=tags)
 
 
 def decode(records: Tensor, layout: Layout) -> TopK:
@@ -214,8 +222,9 @@ def check_tags(name: str, layout: Layout, tags: Tensor | None, rows: int) -> Non
 
 def _quantised(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, uint8, and the rows' scales, float16; csrc/math/record.h says the same."""
-    finite = torch.where(values.isinf(), 0.0, -values)
-    scale = (finite.amax(1) / _STEPS).clamp(max=torch.finfo(torch.float16).max).half()
+    finite = torch.where(values.isinf(), 0.0, 0.0 - values)  # not -0
+    scale = (finite.amax(1) / _STEPS).clamp(max=torch.finfo(torch.float16).max)
+    scale = torch.where(scale.isnan(), torch.nan, scale).half()
     divisor = scale.float()[:, None]
     codes = torch.where(divisor > 0.0, finite / divisor, 0.0).round().clamp(0.0, _STEPS)
     codes = torch.where(values.isinf(), float(_NOTHING), codes.nan_to_num(0.0))

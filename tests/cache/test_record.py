@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
+from fastscarce import _ops
 from fastscarce.cache import Layout, decode, encode, pack
 from fastscarce.cache.record import tags_of
-from fastscarce.ops import kd_loss, topk
+from fastscarce.ops import kd_loss, pack_topk, topk
 
 # Every form of a row: dense, short and wide indices, all of more classes than a dense row has.
 FORMS = [(10, 10), (10, 5), (1000, 16), (70000, 3), (300, 300)]
@@ -38,6 +39,38 @@ def test_gives_back_what_was_said(classes: int, k: int, codec: str) -> None:
             assert torch.equal(rows.indices, said.indices)
             assert torch.equal(rows.log_tail, said.log_tail.half())
         assert tags is None or torch.equal(tags_of(records, layout), tags)
+
+
+@pytest.mark.parametrize("name", ["scalar", ""])
+@pytest.mark.parametrize("codec", ["float16", "uint8"])
+@pytest.mark.parametrize(("classes", "k"), FORMS)
+def test_the_kernel_packs_bit_for_bit(name: str, classes: int, k: int, codec: str) -> None:
+    _ops.set_isa(name)
+    try:
+        generator = torch.Generator().manual_seed(classes + k)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            logits = (torch.randn(37, classes, generator=generator) * 6).to(dtype)
+            logits[1, classes // 3 :] = -torch.inf
+            logits[2] = -torch.inf
+            logits[3, -1] = torch.nan
+            logits[4] = 2.0
+            for tags in (None, torch.randint(2**32, (37,), generator=generator)):
+                layout = Layout(classes, k, codec, tagged=tags is not None)  # type: ignore[arg-type]
+                packed = pack(logits, layout, tags)
+                assert torch.equal(packed, encode(topk(logits, k), layout, tags))
+    finally:
+        _ops.set_isa("")
+
+
+@pytest.mark.parametrize("codec", ["float16", "uint8"])
+def test_every_size_of_log_probability_is_rounded_alike(codec: str) -> None:
+    """From those near 0, below float16's normal range, to those far below its lowest number."""
+    gap = torch.logspace(-6, 5.2, 60000)
+    logits = torch.stack([torch.zeros_like(gap), -gap, -0.3 * gap], dim=1)
+    layout = Layout(3, 3, codec)  # type: ignore[arg-type]
+    assert torch.equal(pack(logits, layout), encode(topk(logits, 3), layout))
+    values = decode(pack(logits, layout), layout).log_probs
+    assert (float(values[-1, 1]) == -torch.inf) == (codec == "float16")
 
 
 def test_row_sizes() -> None:
@@ -102,5 +135,11 @@ def test_refusals() -> None:
         encode(said, Layout(10, 4, tagged=True))
     with pytest.raises(ValueError, match=r"needs no tags for this layout, got \(3,\)"):
         encode(said, Layout(10, 4), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"logits of shape \(rows, 10\), got \(3, 9\)"):
+        pack(torch.zeros(3, 9), Layout(10, 4))
+    with pytest.raises(ValueError, match=r"int64 tags of shape \(3,\), got torch.int32 \(3,\)"):
+        pack_topk(torch.zeros(3, 9), 2, tags=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="pack_topk needs k in 1 to 9"):
+        pack_topk(torch.zeros(3, 9), 10)
     with pytest.raises(ValueError, match=r"shape \(rows, 18\), got torch.uint8 \(3, 17\)"):
         decode(torch.zeros(3, 17, dtype=torch.uint8), Layout(10, 4))
