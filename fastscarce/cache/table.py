@@ -178,14 +178,13 @@ class TeacherTable:
                 f"rows needs sample_ids (rows,) and one view or one a row, got {ids.shape} and "
                 f"{wanted.shape}."
             )
-        different = np.unique(wanted)
-        if len(different) <= 1:
-            number = int(different[0]) if len(different) else 0
-            return self._of_view(ids, number)
+        one = int(wanted.flat[0]) if wanted.size else 0
+        if wanted.ndim == 0 or bool((wanted == one).all()):
+            return self._of_view(ids, one)
         shape = (len(ids), self.layout.stride)
         out = torch.empty(shape, dtype=torch.uint8, device=self._device)
         found = np.zeros(len(ids), dtype=np.bool_)
-        for number in different.tolist():
+        for number in np.unique(wanted).tolist():
             here = np.flatnonzero(wanted == number)
             part, known = self._of_view(ids[here], number)
             out[torch.from_numpy(here).to(self._device)] = part

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastscarce.cache.journal import Line
+from fastscarce.cache.lookup import Lookup
 from fastscarce.cache.record import Layout
 from fastscarce.cache.shard import Shard, read_shard
 
@@ -36,6 +37,7 @@ class View:
         place: Of each id where rows are mapped: ``(rows, 2)``, shard and row in it.
         device: Where rows are given.
         layout: Of the rows.
+        lookup: Of ids.
     """
 
     ids: Ids
@@ -44,20 +46,11 @@ class View:
     place: Ids
     device: torch.device
     layout: Layout
+    lookup: Lookup
 
     def find(self, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
         """Where each id's row is, and whether there is one; the place of one that isn't is 0."""
-        if len(self.ids) == 0:
-            return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.bool_)
-        first, last = int(self.ids[0]), int(self.ids[-1])
-        if last - first + 1 == len(self.ids):  # no gap: the place is a difference
-            places = ids - first
-            found = (places >= 0) & (places < len(self.ids))
-            return np.where(found, places, 0), found
-        places = np.searchsorted(self.ids, ids)
-        places[places == len(self.ids)] = 0
-        found = self.ids[places] == ids
-        return np.where(found, places, 0), found
+        return self.lookup(ids)
 
     def take(self, places: Ids) -> Tensor:
         """Records at places that `find` gave, uint8 ``(rows, stride)`` on the device."""
@@ -108,19 +101,23 @@ def load_view(
     if not shards:
         empty = np.zeros((0, 2), dtype=np.int64)
         records = torch.empty((0, layout.stride), dtype=torch.uint8, device=device)
-        return View(empty[:, 0], records, (), empty, device, layout)
+        return View(empty[:, 0], records, (), empty, device, layout, Lookup.of(empty[:, 0]))
     everything = np.concatenate([shard.ids for shard in shards])
-    ids, first = np.unique(everything, return_index=True)
+    if bool((everything[1:] > everything[:-1]).all()):  # as one process writes them
+        ids, first = everything, np.arange(len(everything), dtype=np.int64)
+    else:
+        ids, first = np.unique(everything, return_index=True)
     if mapped:
         return _mapped(ids, first, shards, device, layout)
     records = torch.cat([shard.records for shard in shards])
-    if len(first) != len(everything) or not bool((first[1:] > first[:-1]).all()):
+    if ids is not everything:
         records = records[torch.from_numpy(first)]
     if residency == "device":
         records = records.to(device)
     elif torch.cuda.is_available():
         records = records.pin_memory()
-    return View(ids, records, (), np.zeros((0, 2), dtype=np.int64), device, layout)
+    place = np.zeros((0, 2), dtype=np.int64)
+    return View(ids, records, (), place, device, layout, Lookup.of(ids))
 
 
 def _mapped(
@@ -130,6 +127,5 @@ def _mapped(
     number = np.searchsorted(starts, first, side="right") - 1
     place = np.stack([number, first - starts[number]], axis=1)
     records = torch.empty((0, layout.stride), dtype=torch.uint8)
-    return View(
-        ids, records, tuple(shard.records.numpy() for shard in shards), place, device, layout
-    )
+    mapped = tuple(shard.records.numpy() for shard in shards)
+    return View(ids, records, mapped, place, device, layout, Lookup.of(ids))

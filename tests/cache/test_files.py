@@ -18,6 +18,7 @@ import torch
 from fastscarce.cache import Layout, TeacherTable, compact, gc, verify
 from fastscarce.cache.checksum import seal, unseal
 from fastscarce.cache.journal import journals, read_journal
+from fastscarce.cache.lookup import Lookup
 from fastscarce.cache.manifest import locked
 from fastscarce.cache.shard import ShardWriter
 from fastscarce.errors import CacheError, ResultsError
@@ -221,6 +222,26 @@ def test_a_writer_takes_no_more_than_a_shard(tmp_path: Path) -> None:
     writer.add(0, np.arange(6, 11), np.zeros((5, 18), dtype=np.uint8))
     writer.flush()
     assert [line.rows for line in read_journal(journals(tmp_path)[0])] == [6, 5]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.zeros(0, dtype=np.int64),
+        np.array([7]),
+        np.arange(-5, 400),
+        np.array([-(2**63), -1, 0, 1, 2, 2**63 - 1]),
+        np.unique(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 3000)),
+        np.concatenate([np.arange(1000), [2**40]]),  # all but one in one bucket
+    ],
+    ids=len,
+)
+def test_lookup_finds_what_is_there(ids: Any) -> None:
+    near = np.concatenate([ids, ids[1:] - 1, ids[:-1] + 1, [-(2**63), 0, 3, 2**63 - 1]])
+    places, found = Lookup.of(ids)(near.astype(np.int64))
+    assert np.array_equal(found, np.isin(near, ids))
+    assert np.array_equal(ids[places[found]], near[found])
+    assert (places[~found] == 0).all()
 
 
 def test_sealed_text_is_refused_after_a_change() -> None:
