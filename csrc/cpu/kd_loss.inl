@@ -25,8 +25,37 @@ struct Kd {
     A *student, *teacher, *label;
     Statistics* statistics;
   };
+  // Whether a row of the gradient leaves while the next one is worked on. With AVX2's sixteen
+  // registers the two together are slower.
+  static bool leaves_late(const KdCall& call, int64_t chunks) {
+    return L >= 16 && chunks == 1 && call.stream && call.student.dtype == dtype_of<A>();
+  }
+  // A row of the gradient that is finished in L1 and leaves past the caches while the next row's
+  // exponentials are made, a line a vector: streamed in a crowd, lines are waited for.
+  struct Pending {
+    alignas(64) A row[kChunk + 64 / sizeof(A)];
+    const A* from = nullptr;
+    A* to = nullptr;
+    int64_t at = 0, end = 0;
+
+    ~Pending() { rest(); }
+    // Where to make the row, so that its lines lie as they do at `out`.
+    A* place(const A* out) { return row + reinterpret_cast<uintptr_t>(out) % 64 / sizeof(A); }
+    // What shares a line with a neighbouring row is stored: such a line is not made in one go.
+    void give(const A* made, A* out, int64_t n) {
+      constexpr int64_t line = 64 / int64_t(sizeof(A));
+      const int64_t head = std::min((line - (made - row)) % line, n);
+      from = made, to = out, at = head, end = head + (n - head) / line * line;
+      std::copy_n(made, head, out);
+      std::copy_n(made + end, n - end, out + end);
+    }
+    void rest() {
+      for (; at < end; at += L) V::load(from + at).stream(to + at);
+    }
+  };
   struct Buffers {
     alignas(64) A student[kChunk], teacher[kChunk], out[kChunk];
+    Pending pending;
   };
 
   struct Setup {
@@ -76,7 +105,8 @@ struct Kd {
   // ---- statistics of one chunk. Sum: logit_sum too, on the way.
   template <int Power, bool Teacher, bool Keep, bool Sum = false>
   static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
-                                     A* student_kept, A* teacher_kept, A* label_kept) {
+                                     A* student_kept, A* teacher_kept, A* label_kept,
+                                     Pending& pending) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
     V student_top(lowest), teacher_top(lowest);
@@ -117,8 +147,16 @@ struct Kd {
       }
       return x;
     };
+    const A* const leaving = pending.from;
+    A* const to = pending.to;
+    const int64_t end = pending.end;
+    int64_t at = pending.at;
     for (int64_t i = 0; i < whole; i += L) {
       ask_ahead<Teacher>(s, t, i, n);
+      if (at < end) {
+        V::load(leaving + at).stream(to + at);
+        at += L;
+      }
       const V x = step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
       if constexpr (Sum) logit_sum = logit_sum + x;
     }
@@ -128,6 +166,7 @@ struct Kd {
     if (whole < n)
       step(V::load_part(s + whole, n - whole, lowest),
            Teacher ? V::load_part(t + whole, n - whole, lowest) : zero, whole);
+    pending.at = at;
     out.student_sum = sum_of(student_sum);
     out.teacher_sum = sum_of(teacher_sum);
     out.label_sum = Power == 1 ? out.student_sum : sum_of(label_sum);
@@ -196,7 +235,8 @@ struct Kd {
     if (i < n) value(i).store_part(out + i, n - i);
   }
 
-  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*);
+  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*,
+                                            Pending&);
   using GradientFunction = void (*)(const Coefficients&, const A*, const A*, const A*, int64_t, A*,
                                     bool);
 
@@ -263,8 +303,8 @@ struct Kd {
       const A* s = read_row<A>(call.student, row, from, n, buffers.student);
       const A* t =
           setup.teacher ? read_row<A>(call.teacher, row, from, n, buffers.teacher) : nullptr;
-      kept.statistics[k] =
-          function(setup, s, t, n, kept.student + from, kept.teacher + from, kept.label + from);
+      kept.statistics[k] = function(setup, s, t, n, kept.student + from, kept.teacher + from,
+                                    kept.label + from, buffers.pending);
       if (setup.smoothing || setup.dense) {
         const A* y = setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
         add_label_sums(setup, s, y, n, kept.statistics[k]);
@@ -313,7 +353,7 @@ struct Kd {
     const KdCall& call = setup.call;
     const Dtype dtype = call.student.dtype;
     char* const gradient = static_cast<char*>(call.gradient) + row * call.classes * size_of(dtype);
-    const bool direct = dtype == dtype_of<A>();
+    const bool direct = dtype == dtype_of<A>(), late = leaves_late(call, setup.chunks);
     for (int64_t k = first; k < last; ++k) {
       const int64_t from = k * setup.chunk;
       const int64_t n = std::min(setup.chunk, call.classes - from);
@@ -322,9 +362,11 @@ struct Kd {
       const A* student_kept = kept.student + from;
       const A* teacher_kept = kept.teacher + from;
       const A* label_kept = kept.label + from;
-      A* out = direct ? reinterpret_cast<A*>(gradient) + from : buffers.out;
+      A* const place = reinterpret_cast<A*>(gradient) + from;
+      if (late) buffers.pending.rest();
+      A* out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
       function(c, student_kept, teacher_kept, label_kept, n, out,
-               direct && call.stream && !setup.dense);
+               !late && direct && call.stream && !setup.dense);
       if (setup.dense) {
         const A* y = read_row<A>(call.soft, row, from, n, buffers.teacher);
         for (int64_t i = 0; i < n; ++i) out[i] -= c.hard * y[i];
@@ -345,7 +387,10 @@ struct Kd {
         fix(label.first);
         fix(label.second);
       }
-      if (!direct) write_as(out, gradient + from * size_of(dtype), dtype, n);
+      if (late)
+        buffers.pending.give(out, place, n);
+      else if (!direct)
+        write_as(out, gradient + from * size_of(dtype), dtype, n);
     }
   }
 

@@ -2,8 +2,7 @@
 //
 // The student's row goes through the chunks of kd_loss.inl; of the teacher only the k classes are
 // read, and only there the gradient differs from a multiple of the softmax. DRAM sees the student
-// once, k classes of the teacher, and the gradient once. Where the gradient is written past the
-// caches, a chunk of it is finished in L1 first.
+// once, k classes of the teacher, and the gradient once.
 //
 // `tail` asks for the student's sum over the other classes. It is made without the k (-inf in a
 // copy of the chunk), not as a difference; the k then are a chunk of their own.
@@ -23,6 +22,21 @@ struct TopKRows {
   // times the teacher's share; shift: y; logit: the student's.
   struct Named {
     int32_t* index;
+    // Places of the k grouped by the chunk their class lies in: chunk c's are order[begin[c]] up to
+    // order[begin[c + 1]]. A row of one chunk has no groups.
+    int32_t *order, *begin;
+
+    // of(place) for those of chunk c, of `chunks`.
+    template <class Of>
+    void each(int64_t c, int64_t chunks, Of of) const {
+      if (chunks == 1)
+        for (int64_t i = 0; i < count; ++i) of(i);
+      else
+        for (int64_t j = begin[c]; j < begin[c + 1]; ++j) of(order[j]);
+    }
+    int64_t in_chunk(int64_t c, int64_t chunks) const {
+      return chunks == 1 ? count : begin[c + 1] - begin[c];
+    }
     A *delta, *shift, *logit;
     int64_t count;
     A *kept, *kept_label, *gradient;  // tail and support: the k as a chunk of their own
@@ -34,12 +48,12 @@ struct TopKRows {
                            A* shift, A* v, TeacherRow<A>& out) {
     const int64_t k = teacher.k, padded = (k + L - 1) / L * L, others = call.classes - k;
     const int32_t* const from = teacher.indices + row * k;
-    bool inside = true;
+    uint32_t largest_index = 0;
     for (int64_t i = 0; i < k; ++i) {
-      inside &= uint64_t(from[i]) < uint64_t(call.classes);
+      largest_index = std::max(largest_index, uint32_t(from[i]));
       index[i] = from[i];
     }
-    if (!inside) return false;
+    if (largest_index >= uint64_t(call.classes)) return false;
     const char* const at = static_cast<const char*>(teacher.log_probs.data) +
                            row * teacher.log_probs.row_stride * size_of(teacher.log_probs.dtype);
     read_as(at, teacher.log_probs.dtype, shift, k);
@@ -90,6 +104,16 @@ struct TopKRows {
     }
     out = mixed;
     return true;
+  }
+
+  static void group(const Setup& setup, Named& named) {
+    if (setup.chunks == 1) return;
+    std::fill_n(named.begin, setup.chunks + 1, 0);
+    const uint32_t chunk = uint32_t(setup.chunk);
+    for (int64_t i = 0; i < named.count; ++i) ++named.begin[uint32_t(named.index[i]) / chunk];
+    for (int64_t c = 1; c <= setup.chunks; ++c) named.begin[c] += named.begin[c - 1];
+    for (int64_t i = 0; i < named.count; ++i)
+      named.order[--named.begin[uint32_t(named.index[i]) / chunk]] = int32_t(i);
   }
 
   using StatisticsFunction = typename Body::StatisticsFunction;
@@ -195,12 +219,10 @@ struct TopKRows {
       const int64_t from = c * setup.chunk, n = std::min(setup.chunk, call.classes - from);
       const A* const s = read_row<A>(call.student, row, from, n, buffers.student);
       std::copy_n(s, n, buffers.teacher);
-      for (int64_t i = 0; i < named.count; ++i) {
-        const int64_t at = named.index[i] - from;
-        if (at >= 0 && at < n) buffers.teacher[at] = A(-INFINITY);
-      }
+      named.each(c, setup.chunks,
+                 [&](int64_t i) { buffers.teacher[named.index[i] - from] = A(-INFINITY); });
       kept.statistics[c] = function(setup, buffers.teacher, nullptr, n, kept.student + from,
-                                    nullptr, kept.label + from);
+                                    nullptr, kept.label + from, buffers.pending);
       if (setup.smoothing || setup.dense) {
         const A* const y =
             setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
@@ -208,9 +230,56 @@ struct TopKRows {
       }
     }
     gather(call, row, named, A(0));
-    of_k =
-        function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label);
+    of_k = function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label,
+                    buffers.pending);
     of_k.count = A(0);  // the sums over logits have them already
+  }
+
+  // The whole cache lines of a chunk of the gradient that hold one of its k or its labels: sorted,
+  // each once. What lies before the first whole line and after the last is stored, not streamed.
+  static constexpr int64_t kLines = 8;  // of the k: with more a chunk is better finished in L1
+  struct Lines {
+    int64_t head, end;  // the whole lines
+    int64_t first[kLines + 2], count = 0;
+
+    Lines(const A* out, int64_t n) {
+      constexpr int64_t bytes = L * int64_t(sizeof(A));
+      const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % bytes);
+      head = std::min(past ? (bytes - past) / int64_t(sizeof(A)) : 0, n);
+      end = head + (n - head) / L * L;
+    }
+    void add(int64_t at) {
+      if (at < head || at >= end) return;
+      const int64_t line = at - (at - head) % L;
+      int64_t i = 0;
+      while (i < count && first[i] < line) ++i;
+      if (i < count && first[i] == line) return;
+      for (int64_t j = count++; j > i; --j) first[j] = first[j - 1];
+      first[i] = line;
+    }
+  };
+
+  // The gradient of a chunk, streamed as it is made; a line that holds a class that differs is
+  // corrected before it is streamed, since what was streamed is no longer in a cache.
+  template <class Correct>
+  static void stream_chunk(GradientFunction gradient_of, const Coefficients& c, const A* kept,
+                           const A* kept_label, int64_t n, A* out, const Lines& lines,
+                           Correct correct) {
+    const auto make = [&](int64_t from, int64_t to, A* into) {
+      if (from < to) gradient_of(c, kept + from, nullptr, kept_label + from, to - from, into, true);
+    };
+    int64_t at = 0;
+    alignas(64) A line[L];
+    for (int64_t i = 0; i < lines.count; at = lines.first[i++] + L) {
+      const int64_t here = lines.first[i];
+      make(at, here, out + at);
+      gradient_of(c, kept + here, nullptr, kept_label + here, L, line, false);
+      correct(line, here, L);
+      V::load(line).stream(out + here);
+    }
+    make(at, n, out + at);
+    correct(out, 0, lines.head);
+    correct(out + lines.end, lines.end, n - lines.end);
   }
 
   template <int Policy>
@@ -234,6 +303,8 @@ struct TopKRows {
       Body::leave_out(call, row, true);
       return;
     }
+
+    group(setup, named);
 
     // The student, and the label term by kd_finish (its own distillation term has no teacher).
     KdWeights<A> label_only = w;
@@ -305,20 +376,11 @@ struct TopKRows {
     const V scale(pulls ? by : A(0));
     for (int64_t i = 0; i < named.count; i += L)
       (V::load(named.delta + i) * scale).store(named.delta + i);
-    for (int64_t part = 0; part < setup.chunks; ++part) {
-      const int64_t from = part * setup.chunk, n = std::min(setup.chunk, call.classes - from);
-      A* const out = direct ? reinterpret_cast<A*>(gradient) + from : buffers.out;
-      if (sweep) {
-        const bool shifted = bucket || setup.chunks > 1;
-        const Coefficients of =
-            shifted ? Body::for_chunk(setup, c, bucket ? rest : whole, kept.statistics[part]) : c;
-        gradient_of(of, kept.student + from, nullptr, kept.label + from, n, out, false);
-      } else {
-        std::fill_n(out, n, A(0));
-      }
-      for (int64_t i = 0; i < named.count; ++i) {
-        const int64_t at = named.index[i] - from;
-        if (at < 0 || at >= n) continue;
+    // What differs from a multiple of the softmax in n classes of a chunk, from `first` on.
+    const auto correct = [&](int64_t part, A* out, int64_t first, int64_t n) {
+      named.each(part, setup.chunks, [&](int64_t i) {
+        const int64_t at = named.index[i] - first;
+        if (at < 0 || at >= n) return;
         const A delta = named.delta[i];
         if constexpr (bucket)
           out[at] = named.gradient[i] - delta;
@@ -326,18 +388,48 @@ struct TopKRows {
           out[at] += named.gradient[i] - delta;
         else
           out[at] -= delta;
+      });
+      if (!setup.label || setup.dense) return;
+      const int64_t one = label.first - first, other = label.second - first;
+      if (label.first >= 0 && one >= 0 && one < n) out[one] -= c.hard * A(label.first_share);
+      if (label.second >= 0 && other >= 0 && other < n)
+        out[other] -= c.hard * A(label.second_share);
+    };
+    const bool late = Body::leaves_late(call, setup.chunks);
+    const bool in_lines = sweep && call.stream && !late && dtype == dtype_of<A>() && !setup.dense;
+    for (int64_t part = 0; part < setup.chunks; ++part) {
+      const int64_t from = part * setup.chunk, n = std::min(setup.chunk, call.classes - from);
+      const bool shifted = sweep && (bucket || setup.chunks > 1);
+      const Coefficients of =
+          shifted ? Body::for_chunk(setup, c, bucket ? rest : whole, kept.statistics[part]) : c;
+      A* const place = reinterpret_cast<A*>(gradient) + from;
+      if (in_lines && named.in_chunk(part, setup.chunks) <= kLines) {
+        Lines lines(place, n);
+        named.each(part, setup.chunks, [&](int64_t i) { lines.add(named.index[i] - from); });
+        if (setup.label) {
+          lines.add(label.first - from);
+          lines.add(label.second - from);
+        }
+        stream_chunk(
+            gradient_of, of, kept.student + from, kept.label + from, n, place, lines,
+            [&](A* out, int64_t first, int64_t count) { correct(part, out, from + first, count); });
+        continue;
       }
+      if (late) buffers.pending.rest();
+      A* const out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
+      if (sweep)
+        gradient_of(of, kept.student + from, nullptr, kept.label + from, n, out, false);
+      else
+        std::fill_n(out, n, A(0));
+      correct(part, out, from, n);
       if (setup.dense) {
         const A* const y = read_row<A>(call.soft, row, from, n, buffers.teacher);
         for (int64_t i = 0; i < n; ++i) out[i] -= c.hard * y[i];
-      } else if (setup.label) {
-        const int64_t first = label.first - from, second = label.second - from;
-        if (label.first >= 0 && first >= 0 && first < n)
-          out[first] -= c.hard * A(label.first_share);
-        if (label.second >= 0 && second >= 0 && second < n)
-          out[second] -= c.hard * A(label.second_share);
       }
-      if (!direct) Body::put(out, gradient + from * size_of(dtype), dtype, n, call.stream);
+      if (late)
+        buffers.pending.give(out, place, n);
+      else if (!direct)
+        Body::put(out, gradient + from * size_of(dtype), dtype, n, call.stream);
     }
   }
 
@@ -351,7 +443,8 @@ struct TopKRows {
     if (setup.power > 4) setup.power = kOwnExponential;
     const int64_t most = (call.named[0].k + L - 1) / L * L + (call.named[1].k + L - 1) / L * L;
     const int64_t row_size = (Body::place_size(setup) + 15) / 16 * 16;
-    A* const memory = Body::scratch(row_size + 7 * (most + 16));
+    // The groups' begins are integers no larger than an A.
+    A* const memory = Body::scratch(row_size + 8 * (most + 16) + setup.chunks + 1);
     const typename Body::Kept kept = Body::place(setup, memory);
     A* const at = memory + row_size;
     const int64_t step = most + 16;
@@ -363,6 +456,8 @@ struct TopKRows {
     named.gradient = at + 4 * step;
     named.shift = at + 5 * step;
     named.index = reinterpret_cast<int32_t*>(at + 6 * step);
+    named.order = reinterpret_cast<int32_t*>(at + 7 * step);
+    named.begin = reinterpret_cast<int32_t*>(at + 8 * step);
     const auto statistics_of = statistics_function<Policy == kTailUniform>(setup);
     const auto gradient_of = gradient_function(setup);
     typename Body::Buffers buffers;

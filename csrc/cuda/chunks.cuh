@@ -29,12 +29,12 @@ template <class S, class Index>
 __device__ inline uint4 load_chunk(const S* row, Index from, Index classes, bool aligned) {
   constexpr int n = kChunk<S>;
   if (aligned && from >= 0 && from + n <= classes)
-    return *reinterpret_cast<const uint4*>(row + from);
+    return load_global(reinterpret_cast<const uint4*>(row + from));
   Chunk<S> chunk;
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     put(&chunk.values[k], decltype(number(S()))(-INFINITY));
-    if (from + k >= 0 && from + k < classes) chunk.values[k] = row[from + k];
+    if (from + k >= 0 && from + k < classes) chunk.values[k] = load_global(row + from + k);
   }
   uint4 bits;
   memcpy(&bits, &chunk, sizeof(bits));

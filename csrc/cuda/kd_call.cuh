@@ -1,52 +1,11 @@
 // What every distillation kernel does around its rows: labels, the denominators of the means, the
-// sum of the losses. Included after kd_row.h, divergence.h and block.cuh, in the namespace of its
-// user.
+// sum of the losses. Included after kd_row.h and block.cuh, in the namespace of its user.
 //
 // Two kernels make a loss. kd_prepare_kernel sums weights and labels over pieces of the rows and
 // resets a counter. Every block of the second adds the pieces up for itself, works on its rows, and
 // leaves the sum of their losses; the block that finishes last adds those. Which block that is
 // changes nothing: pieces, rows of a block and order of the sums are fixed by the shapes (and by
 // the number of multiprocessors). No float atomics, nothing to wait for on the host.
-
-// A teacher's k largest classes; csrc/math/topk_teacher.h.
-struct TopKTeacher {
-  int64_t k;
-  const int32_t* indices;
-  Matrix log_probs, log_tail;
-};
-
-// Between the kernels of one call.
-constexpr int kMostPieces = 256;
-constexpr int kRowsAPiece = 1024;  // at least
-constexpr int kMostBlocks = 2048;
-struct Workspace {
-  unsigned finished;
-  double weights[kMostPieces], labels[kMostPieces];
-  double losses[kMostBlocks];
-};
-
-struct Call {
-  int64_t rows, classes;
-  Matrix student, teacher, soft;
-  const int64_t* target;
-  const int64_t* partner;
-  const float* share;
-  const float* weight;
-  const float* class_weight;  // multiplies index labels
-  int64_t ignore_index, reduction;
-  double temperature, distillation, label, label_smoothing, threshold;
-  int64_t divergence;
-  double first, second;
-  TopKTeacher named[2];  // instead of `teacher`
-  int named_count, tail_policy;
-  const float* mix;
-  void* gradient;
-  void* losses;  // of each row, without a reduction; otherwise the one loss
-  void* factor;
-  Workspace* workspace;
-  int pieces;      // of rows whose sums are in the workspace; 0: the sums are known
-  int row_chunks;  // of a row that is split: chunks a block keeps in shared memory
-};
 
 struct Label {
   int64_t first = -1, second = -1;           // -1: none
@@ -55,7 +14,7 @@ struct Label {
   bool outside = false;
 };
 
-__device__ inline void take(const Call& call, int64_t index, double part, int64_t& place,
+__device__ inline void take(const KdCall& call, int64_t index, double part, int64_t& place,
                             double& share, double& whole, bool& outside) {
   if (index == call.ignore_index) return;
   if (index < 0 || index >= call.classes) {
@@ -67,7 +26,7 @@ __device__ inline void take(const Call& call, int64_t index, double part, int64_
   share = call.class_weight ? part * double(call.class_weight[index]) : part;
 }
 
-__device__ inline Label label_of(const Call& call, int64_t row) {
+__device__ inline Label label_of(const KdCall& call, int64_t row) {
   Label label;
   if (!call.target) return label;
   const double share = call.share ? double(call.share[row]) : 1.0;
@@ -88,7 +47,7 @@ struct Worth {
 };
 
 template <class A>
-__device__ inline Worth<A> worth_of(const Call& call, const KdFactors& factors, int64_t row,
+__device__ inline Worth<A> worth_of(const KdCall& call, const KdFactors& factors, int64_t row,
                                     bool dense) {
   Worth<A> out;
   out.label = label_of(call, row);
@@ -103,30 +62,9 @@ __device__ inline Worth<A> worth_of(const Call& call, const KdFactors& factors, 
   return out;
 }
 
-// A grid of call.pieces blocks, or one.
-__global__ void __launch_bounds__(kThreads) kd_prepare_kernel(const Call call) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) call.workspace->finished = 0;
-  if (call.pieces == 0) return;
-  const int64_t piece = (call.rows + call.pieces - 1) / call.pieces;
-  const int64_t first = blockIdx.x * piece;
-  const int64_t last = first + piece < call.rows ? first + piece : call.rows;
-  double weights = 0, labels = 0;
-  for (int64_t row = first + threadIdx.x; row < last; row += kThreads) {
-    const double weight = call.weight ? double(call.weight[row]) : 1.0;
-    const Label label = label_of(call, row);
-    weights += weight;
-    labels += call.soft.data ? weight : weight * (label.first_share + label.second_share);
-  }
-  weights = sum_over_block(weights);
-  labels = sum_over_block(labels);
-  if (threadIdx.x != 0) return;
-  call.workspace->weights[blockIdx.x] = weights;
-  call.workspace->labels[blockIdx.x] = labels;
-}
-
 // By every thread of every block. S: the student's dtype.
 template <class S, class A>
-__device__ inline KdFactors factors_of(const Call& call) {
+__device__ inline KdFactors factors_of(const KdCall& call) {
   double weights = double(call.rows), labels = weights;
   if (call.pieces == 1) {
     weights = call.workspace->weights[0];
@@ -146,7 +84,7 @@ __device__ inline KdFactors factors_of(const Call& call) {
 
 // The loss of a row, from one thread; `own` is its sum so far.
 template <class A>
-__device__ inline void add_loss(const Call& call, int64_t row, A loss, double& own) {
+__device__ inline void add_loss(const KdCall& call, int64_t row, A loss, double& own) {
   if (call.reduction == kReductionNone)
     static_cast<A*>(call.losses)[row] = loss;
   else
@@ -155,7 +93,7 @@ __device__ inline void add_loss(const Call& call, int64_t row, A loss, double& o
 
 // After the rows, by every thread: the losses' sum.
 template <class A>
-__device__ inline void finish_losses(const Call& call, double own) {
+__device__ inline void finish_losses(const KdCall& call, double own) {
   if (call.reduction == kReductionNone) return;
   __shared__ bool last;
   own = sum_over_block(own);

@@ -1,5 +1,5 @@
-// The distillation losses and their gradients on a GPU: launchers and operators. Terms:
-// csrc/math/kd_row.h; what is launched: kd_call.cuh, kd_rows.cuh, divergence.cuh, kd_topk.cuh.
+// The distillation losses and their gradients on a GPU: operators, and the kernels before and after
+// the rows'. Terms: csrc/math/kd_row.h; the rows: kl.cu, divergence.cu, kd_topk.cu.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +12,7 @@
 #include "device.cuh"
 #define FS_HD __host__ __device__
 #include "../kd_arguments.h"
+#include "kd_call.h"
 #include "statistics.cuh"
 #include "tensors.cuh"
 
@@ -20,16 +21,32 @@ namespace {
 
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
-#include "../math/divergence.h"
-#include "../math/topk_teacher.h"
 #include "block.cuh"
 #include "chunks.cuh"
-#include "exponential.cuh"
 #include "kd_call.cuh"
-#include "kd_rows.cuh"
-#include "divergence.cuh"
-#include "kd_topk.cuh"
 // clang-format on
+
+// ---- before the rows: sums of weights and labels
+// A grid of call.pieces blocks, or one.
+__global__ void __launch_bounds__(kThreads) kd_prepare_kernel(const KdCall call) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) call.workspace->finished = 0;
+  if (call.pieces == 0) return;
+  const int64_t piece = (call.rows + call.pieces - 1) / call.pieces;
+  const int64_t first = blockIdx.x * piece;
+  const int64_t last = first + piece < call.rows ? first + piece : call.rows;
+  double weights = 0, labels = 0;
+  for (int64_t row = first + threadIdx.x; row < last; row += kThreads) {
+    const double weight = call.weight ? double(call.weight[row]) : 1.0;
+    const Label label = label_of(call, row);
+    weights += weight;
+    labels += call.soft.data ? weight : weight * (label.first_share + label.second_share);
+  }
+  weights = sum_over_block(weights);
+  labels = sum_over_block(labels);
+  if (threadIdx.x != 0) return;
+  call.workspace->weights[blockIdx.x] = weights;
+  call.workspace->labels[blockIdx.x] = labels;
+}
 
 // ---- the backward pass: out = gradient * factor * upstream; returns at once where that is 1 and
 // in place. The comparison is the device's. With one upstream for all, the matrix is one row.
@@ -59,110 +76,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- launchers
-constexpr int kBlocksAProcessor = 8;
-
-unsigned blocks_of(int64_t wanted, const Device& device) {
-  return unsigned(std::clamp<int64_t>(
-      wanted, 1, std::min(device.multiprocessors * kBlocksAProcessor, kMostBlocks)));
-}
-
-template <class S, class A, int Width, int Chunks, bool SameTeacher>
-void launch_rows(const Call& call, const Device& device, cudaStream_t stream) {
-  constexpr int rows_a_block = kThreads / Width;
-  launch_kernel("kd_loss", kd_rows_kernel<S, A, Width, Chunks, SameTeacher>,
-                {blocks_of((call.rows + rows_a_block - 1) / rows_a_block, device), kThreads},
-                stream, call);
-}
-
-// A row that registers do not hold. A block keeps up to kKeptBytes, so that several share a
-// multiprocessor and one loads while another computes; with clusters of the most blocks it keeps
-// what a block can. Rows that are not kept are few enough at a time for half the L2, as long as
-// every multiprocessor has one.
-template <class S, class A, bool SameTeacher>
-void launch_split(Call call, const Device& device, cudaStream_t stream) {
-  constexpr int64_t kKeptBytes = int64_t(56) << 10;
-  constexpr int kMostClusterBlocks = 8;  // that every GPU with clusters has
-  constexpr int n = kChunk<S>;
-  constexpr int64_t chunk_bytes = SameTeacher ? 32 : 16;
-  const int64_t chunks = (call.classes + 2 * n - 2) / n;
-  int64_t blocks = 1;
-  const auto bytes = [&] {
-    return (chunks + blocks - 1) / blocks * chunk_bytes + int64_t(kExchangeBytes);
-  };
-  while (device.clusters && blocks < kMostClusterBlocks && bytes() > kKeptBytes) blocks *= 2;
-  const bool kept = bytes() <= (device.clusters ? device.shared_bytes : kKeptBytes);
-  int64_t together = device.multiprocessors * int64_t(kBlocksAProcessor);
-  if (kept) {
-    call.row_chunks = int((chunks + blocks - 1) / blocks);
-    together = device.multiprocessors * std::clamp<int64_t>(device.shared_bytes / bytes(), 1, 8);
-  } else {
-    together = std::clamp<int64_t>(device.l2_bytes / 2 / (chunks * 32) * blocks,
-                                   device.multiprocessors, together);
-  }
-  together = std::min<int64_t>(together, kMostBlocks);
-  const int64_t clusters =
-      std::clamp<int64_t>(together / blocks, 1, std::max<int64_t>(call.rows, 1));
-  launch_kernel("kd_loss", kd_split_kernel<S, A, SameTeacher>,
-                {unsigned(clusters * blocks), kThreads, size_t(kept ? bytes() : kExchangeBytes),
-                 unsigned(blocks)},
-                stream, call);
-}
-
-template <class S, class A>
-void launch_kl(const Call& call, const Device& device, cudaStream_t stream) {
-  constexpr int n = kChunk<S>;
-  // Of a row that begins where it costs most.
-  const int64_t chunks = (call.classes + 2 * n - 2) / n;
-  const bool same = !call.teacher.data || call.teacher.dtype == call.student.dtype;
-  if constexpr (sizeof(A) == 8) {
-    // Few kernels: float64 is for checks, and its exponential takes long to compile.
-    if (same && chunks <= 32) return launch_rows<S, A, 32, 1, true>(call, device, stream);
-  } else if (!same) {
-    if (chunks <= 128) return launch_rows<S, A, 32, 4, false>(call, device, stream);
-  } else {
-    if (chunks <= 4) return launch_rows<S, A, 4, 1, true>(call, device, stream);
-    if (chunks <= 8) return launch_rows<S, A, 8, 1, true>(call, device, stream);
-    if (chunks <= 32) return launch_rows<S, A, 32, 1, true>(call, device, stream);
-    if (chunks <= 128) return launch_rows<S, A, 32, 4, true>(call, device, stream);
-    if (chunks <= 256) return launch_rows<S, A, 32, 8, true>(call, device, stream);
-    if (chunks <= 1024) return launch_rows<S, A, kThreads, 4, true>(call, device, stream);
-  }
-  if (!same) return launch_split<S, A, false>(call, device, stream);
-  launch_split<S, A, true>(call, device, stream);
-}
-
-template <class S, class A>
-void launch_divergence(const Call& call, unsigned blocks, cudaStream_t stream) {
-  const auto with = [&](auto kernel) {
-    launch_kernel("kd_loss", kernel, {blocks, kThreads}, stream, call);
-  };
-  switch (call.divergence) {
-    case kReverseKl:
-      return with(divergence_kernel<S, A, kReverseKl>);
-    case kJsd:
-      return with(divergence_kernel<S, A, kJsd>);
-    case kSkewKl:
-      return with(divergence_kernel<S, A, kSkewKl>);
-    case kDkd:
-      return with(divergence_kernel<S, A, kDkd>);
-    default:
-      return with(divergence_kernel<S, A, kLogitStandard>);
-  }
-}
-
-template <class S, class A>
-void run(const Call& call, const Device& device, cudaStream_t stream) {
+// ---- operators
+void run(const KdCall& call, const Device& device, cudaStream_t stream) {
   if (call.pieces != 0 || call.reduction != kReductionNone)
     launch_kernel("kd_loss", kd_prepare_kernel, {unsigned(std::max(call.pieces, 1)), kThreads},
                   stream, call);
-  const unsigned blocks = blocks_of(call.rows, device);
   if (call.named_count != 0)
-    launch_topk<S, A>(call, blocks, stream);
+    launch_topk_teacher(call, device, stream);
   else if (call.divergence != kKl && call.teacher.data)
-    launch_divergence<S, A>(call, blocks, stream);
+    launch_divergence(call, device, stream);
   else
-    launch_kl<S, A>(call, device, stream);
+    launch_kl(call, device, stream);
 }
 
 constexpr int64_t kMostClasses = INT32_MAX - 64;
@@ -176,9 +100,9 @@ struct LabelArguments {
   int64_t ignore_index;
 };
 
-Call call_of(const Tensor& student, const LabelArguments& labels, double temperature,
+KdCall call_of(const Tensor& student, const LabelArguments& labels, double temperature,
              double distillation, double label, double threshold, int64_t reduction) {
-  Call call{};
+  KdCall call{};
   call.rows = student.size(0);
   call.classes = student.size(1);
   call.student = matrix_of(student, "kd_loss");
@@ -213,7 +137,7 @@ void check_made(const Tensor& student, const StatisticsTeacher& teacher, const M
   check_statistics(student, teacher, made.statistics);
 }
 
-Result run_call(Call& call, const Tensor& student, const Made& made) {
+Result run_call(KdCall& call, const Tensor& student, const Made& made) {
   const ScalarType loss_type =
       call.student.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   const bool fresh = made.with_gradient && !made.into;
@@ -230,21 +154,7 @@ Result run_call(Call& call, const Tensor& student, const Made& made) {
   const Tensor workspace =
       empty_of(student, sizeof(Workspace) / sizeof(double), -1, ScalarType::Double);
   call.workspace = static_cast<Workspace*>(workspace.mutable_data_ptr());
-  const Device device = device_of(student);
-  const cudaStream_t stream = stream_of(student);
-  switch (call.student.dtype) {
-    case Dtype::float32:
-      run<float, float>(call, device, stream);
-      break;
-    case Dtype::float64:
-      run<double, double>(call, device, stream);
-      break;
-    case Dtype::bfloat16:
-      run<__nv_bfloat16, float>(call, device, stream);
-      break;
-    default:
-      run<__half, float>(call, device, stream);
-  }
+  run(call, device_of(student), stream_of(student));
   return {loss, gradient, factor};
 }
 
@@ -259,7 +169,7 @@ Result dense_loss(const Tensor& student, const std::optional<Tensor>& teacher,
                      labels.class_weight, divergence);
   check(student.size(1) <= kMostClasses, "kd_loss", "fewer than 2**31 - 64 classes on a GPU");
   const DeviceGuard guard(student.get_device());
-  Call call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
+  KdCall call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
   call.divergence = divergence;
   call.first = first;
   call.second = second;
@@ -325,7 +235,7 @@ Result topk_loss(const Tensor& student, const TopKArguments& teacher, const Labe
   check(tail_policy != kTailBucket || student.size(1) <= kMostMarked, "kd_loss_topk",
         "at most 327680 classes for the tail policy tail on a GPU");
   const DeviceGuard guard(student.get_device());
-  Call call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
+  KdCall call = call_of(student, labels, temperature, distillation, label, threshold, reduction);
   call.tail_policy = int(tail_policy);
   call.named[0] = topk_of(teacher.indices, teacher.log_probs, teacher.log_tail);
   call.named_count = 1;

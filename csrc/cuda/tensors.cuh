@@ -38,13 +38,13 @@ __device__ inline A element(const Matrix& m, int64_t row, int64_t i) {
   const int64_t at = row * m.row_stride + i;
   switch (m.dtype) {
     case Dtype::float32:
-      return A(static_cast<const float*>(m.data)[at]);
+      return A(load_global(static_cast<const float*>(m.data) + at));
     case Dtype::float64:
-      return A(static_cast<const double*>(m.data)[at]);
+      return A(load_global(static_cast<const double*>(m.data) + at));
     case Dtype::bfloat16:
-      return A(number(static_cast<const __nv_bfloat16*>(m.data)[at]));
+      return A(number(load_global(static_cast<const __nv_bfloat16*>(m.data) + at)));
     default:
-      return A(number(static_cast<const __half*>(m.data)[at]));
+      return A(number(load_global(static_cast<const __half*>(m.data) + at)));
   }
 }
 

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastscarce.augment.draw import _warp_of, checked_size, neighbours
+from fastscarce.augment.draw import checked_size, neighbours
+from fastscarce.augment.mapping import warp_of
 from fastscarce.augment.plan import Plan
 from fastscarce.augment.table import MIXES, OPERATIONS, SAMPLINGS, PlanTable, new_table
 
@@ -106,7 +107,7 @@ def _matrix(name: str, magnitude: float, size: tuple[int, int]) -> npt.NDArray[n
         matrix[0] = matrix[4] = magnitude
     else:
         amount = float(int(magnitude)) if name.startswith("translate") else magnitude
-        _warp_of(matrix, OPERATIONS.index(name), amount, *size)
+        matrix[:] = warp_of(OPERATIONS.index(name), amount, *size)[1:]
     return matrix
 
 

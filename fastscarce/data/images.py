@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastscarce.data.source import Failure
 from fastscarce.errors import DataError
 
 __all__ = ["ImageSet", "check_memory"]
-
-UNLABELLED = -1
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class ImageSet:
         classes: Names of the classes, in the order of their labels.
         is_test: bool ``(n,)``: belongs to the source's own test split; all False where it has none.
         flip: Whether a mirrored image keeps its label.
-        skipped: Files that could not be read and were left out.
+        failures: Samples that could not be read or decoded.
     """
 
     name: str
@@ -40,7 +39,7 @@ class ImageSet:
     classes: tuple[str, ...]
     is_test: npt.NDArray[np.bool_]
     flip: bool
-    skipped: tuple[str, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
         rows = self.images.shape[0]

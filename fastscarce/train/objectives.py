@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastscarce.augment import Plan
 from fastscarce.config import StageConfig, StudentConfig
-from fastscarce.data import Stream, StreamBatch
+from fastscarce.data import Stream
 from fastscarce.errors import ConfigError
 from fastscarce.ops import MixedTarget, TopK, kd_loss
 from fastscarce.train.pool import Pool, Positions
@@ -21,6 +21,7 @@ from fastscarce.train.teaching import (
     mixed_labels,
     mixed_log_probs,
     mixed_rows,
+    mixes,
     with_mixing,
 )
 
@@ -29,12 +30,16 @@ __all__ = ["SelfTraining", "Supervised"]
 _NO_LABEL = -100  # what the losses ignore
 
 
-def _stream(run: Run, name: str, positions: Positions, batch_size: int) -> Stream:
-    parts = run.world_size * run.config.gradient_accumulation_steps
+def _stream(
+    run: Run, name: str, pool: Pool, positions: Positions, batch_size: int, *, pairs: bool
+) -> Stream:
+    pieces = run.config.gradient_accumulation_steps
+    parts = run.world_size * pieces * (2 if pairs else 1)
     if batch_size < parts or batch_size % parts:
+        whole = " times 2, the rows that CutMix pairs" if pairs else ""
         raise ConfigError(
-            f"{name} must be a multiple of processes times gradient_accumulation_steps "
-            f"({run.world_size} x {run.config.gradient_accumulation_steps}), got {batch_size}."
+            f"{name} must be a multiple of processes times gradient_accumulation_steps{whole} "
+            f"({run.world_size} x {pieces}{' x 2' if pairs else ''}), got {batch_size}."
         )
     return Stream(
         positions,
@@ -42,13 +47,9 @@ def _stream(run: Run, name: str, positions: Positions, batch_size: int) -> Strea
         batch_size=batch_size,
         rank=run.rank,
         world_size=run.world_size,
+        pairs=pairs,
+        ids=pool.ids[positions],
     )
-
-
-def _piece(batch: StreamBatch, piece: int, pieces: int) -> tuple[Positions, Positions]:
-    rows = len(batch.positions) // pieces
-    part = slice(piece * rows, (piece + 1) * rows)
-    return batch.positions[part], batch.view[part]
 
 
 class Supervised:
@@ -58,17 +59,19 @@ class Supervised:
         self._pool = pool
         self._settings = settings
         self._policy = with_mixing(settings.augmentation, settings)
-        self._stream = _stream(run, "batch_size", labelled, settings.batch_size)
+        self._stream = _stream(
+            run, "batch_size", pool, labelled, settings.batch_size, pairs=mixes(settings)
+        )
         self.rows = settings.batch_size
 
     def batch(
         self, model: nn.Module, step: int, piece: int, pieces: int
     ) -> tuple[Tensor, MixedTarget]:
         """Views, float32 ``(rows, C, H, W)``, and their labels."""
-        positions, view = _piece(self._stream.batch(step), piece, pieces)
-        plan = self._pool.draw(positions, self._policy, view)
-        images = self._pool.carry_out(plan, positions, model)
-        labels = self._pool.labels[torch.from_numpy(positions).to(images.device)]
+        rows = self._stream.batch(step).piece(piece, pieces)
+        plan = self._pool.draw(rows.positions, self._policy, rows.view, rows.partners)
+        images = self._pool.carry_out(plan, rows.positions, model)
+        labels = self._pool.labels[torch.from_numpy(rows.positions).to(images.device)]
         return images, plan.mixed_target(labels)
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
@@ -111,7 +114,12 @@ class SelfTraining:
             self._labelled = Supervised(run, pool, labelled, settings)
             self.rows += settings.batch_size
         self._stream = _stream(
-            run, "unlabelled_batch_size", teaching.lessons, settings.unlabelled_batch_size
+            run,
+            "unlabelled_batch_size",
+            pool,
+            teaching.lessons,
+            settings.unlabelled_batch_size,
+            pairs=mixes(settings),
         )
         # Labels of the taught images themselves, for the loss that tells the label's class apart.
         self._known = torch.full_like(pool.labels, _NO_LABEL)
@@ -122,8 +130,11 @@ class SelfTraining:
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Weighted sum of the two means, float32 scalar in nats."""
         settings = self._settings
-        positions, view = _piece(self._stream.batch(step), piece, pieces)
-        taught, plan, rows = self._teaching.views(positions, view, model)
+        batch = self._stream.batch(step).piece(piece, pieces)
+        positions = batch.positions
+        taught, plan, rows = self._teaching.views(
+            positions, batch.view, model, partners=batch.partners
+        )
         if self._labelled is None:
             return self._taught_loss(model(taught), positions, plan, rows)
         images, target = self._labelled.batch(model, step, piece, pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,19 +57,27 @@ class Pool:
 
     def policy(self, policy: str | Policy) -> Policy:
         """A policy as it is for these images: without flips that change a label, and its fill."""
-        chosen = get_policy(policy)
-        if not self.flip:
-            chosen = chosen.without("flip")
-        if self.images.shape[3] == 3:  # of grey scans the ground is black; a photograph has none
-            chosen = replace(chosen, fill="reflect")
-        return chosen
+        return _fitted(get_policy(policy), self.flip, int(self.images.shape[3]))
 
-    def draw(self, positions: Positions, policy: str | Policy, view: int | Positions) -> Plan:
-        """What is done to some images: a function of (seed, id, view) and the policy."""
-        chosen = self.policy(policy)
-        _, height, width, _ = self.images.shape
+    def draw(
+        self,
+        positions: Positions,
+        policy: str | Policy,
+        view: int | Positions,
+        partners: Positions | None = None,
+    ) -> Plan:
+        """What is done to some images: a function of (seed, id, view), the policy and partners."""
+        _, height, width, channels = self.images.shape
+        chosen = _fitted(get_policy(policy), self.flip, channels)
         ids = self.ids[positions]
-        return draw(chosen, ids, view=view, seed=self.seed, image_size=(height, width))
+        return draw(
+            chosen,
+            ids,
+            view=view,
+            seed=self.seed,
+            image_size=(height, width),
+            partners=partners,
+        )
 
     def carry_out(self, plan: Plan, positions: Positions, model: nn.Module) -> Tensor:
         """The planned views, normalised as ``model`` asks, float32 ``(rows, C, H, W)``."""
@@ -88,6 +97,15 @@ class Pool:
     ) -> Tensor:
         """Views of some images: drawn and carried out."""
         return self.carry_out(self.draw(positions, policy, view), positions, model)
+
+
+@functools.lru_cache(maxsize=64)
+def _fitted(policy: Policy, flip: bool, channels: int) -> Policy:
+    """The policy as it suits a data set."""
+    if not flip:
+        policy = policy.without("flip")
+    # Of grey scans the ground is black; a photograph has none.
+    return replace(policy, fill="reflect") if channels == 3 else policy
 
 
 @torch.no_grad()

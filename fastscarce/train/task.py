@@ -11,7 +11,7 @@ from torch import nn
 
 from fastscarce.cache import normalisation
 from fastscarce.config import DataConfig, LabelConfig, ModelConfig, StageConfig
-from fastscarce.data import ImageSet, Split, load, split
+from fastscarce.data import Given, ImageSet, Split, load_images, open_source, relabel, split
 from fastscarce.errors import ModelError
 from fastscarce.models import create, freeze
 from fastscarce.pseudo import PseudoLabels, from_logits, select
@@ -106,13 +106,15 @@ def _spread(value: float | tuple[float, ...], channels: int) -> list[float]:
     return list(value) if isinstance(value, tuple) else [value] * channels
 
 
-def _holdout_per_class(config: DataConfig, images: ImageSet) -> int:
+def _holdout_per_class(config: DataConfig, images: ImageSet, given: Given | None) -> int:
     if config.holdout_per_class is not None:
         return config.holdout_per_class
-    if config.labels_per_class is not None:
+    if config.labels_per_class is not None and given is None:
         fewest = config.labels_per_class
     else:
         trains = (images.labels >= 0) & ~images.is_test
+        if given is not None:
+            trains &= np.isin(images.ids, given.ids)
         counts = np.bincount(images.labels[trains], minlength=len(images.classes))
         # Of a data set without a test split of its own, a part goes to the test first.
         left = 1.0 if images.is_test.any() else 1.0 - config.test_fraction
@@ -141,14 +143,19 @@ def open_data(
     Raises:
         DataError: The data can't be read, or has fewer labels than are asked for.
     """
-    images = load(
+    source = open_source(
         config.data,
         unlabelled=config.unlabelled,
-        image_size=config.image_size,
+        image_key=config.image_key,
+        label_key=config.label_key,
+        id_key=config.id_key,
         flip={"auto": None, "yes": True, "no": False}[config.flip],
-        on_error=config.on_error,
     )
-    holdout = _holdout_per_class(config, images)
+    given = None
+    if config.labels_file is not None:
+        source, given = relabel(source, config.labels_file)
+    images = load_images(source, image_size=config.image_size, on_error=config.on_error)
+    holdout = _holdout_per_class(config, images, given)
     labels = config.labels_per_class
     parts = split(
         images,
@@ -156,13 +163,14 @@ def open_data(
         holdout_per_class=holdout,
         test_fraction=config.test_fraction,
         seed=seed,
+        given=given,
     )
     say(
         f"{images.name}: {len(images.classes)} classes, {len(parts.labelled)} labelled, "
         f"{len(parts.holdout)} held out, {len(parts.unlabelled)} unlabelled, "
         f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
     )
-    for path in images.skipped:
-        say(f"skipped {path}: it can't be read")
+    for failure in images.failures:
+        say(f"skipped {failure.name}: {failure.reason}")
     pool = Pool.of(images, seed=derive_seed(seed, "views"), device=device)
     return images, parts, pool

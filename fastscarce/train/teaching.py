@@ -98,7 +98,12 @@ class Teaching:
         self._views = views
 
     def views(
-        self, positions: Positions, view: Positions, model: nn.Module
+        self,
+        positions: Positions,
+        view: Positions,
+        model: nn.Module,
+        *,
+        partners: Positions | None = None,
     ) -> tuple[Tensor, Plan, TopK]:
         """The student's views, how they were mixed, and rows of the unmixed ones.
 
@@ -106,6 +111,7 @@ class Teaching:
             positions: Of the images, int64 ``(rows,)``.
             view: How often each was seen before, int64 ``(rows,)``.
             model: The student, whose normalisation is used.
+            partners: Places of the rows that are mixed in, as `fastscarce.augment.draw` has them.
 
         Returns:
             float32 ``(rows, C, H, W)``, the plan, and a row a row on the same device.
@@ -114,7 +120,7 @@ class Teaching:
             CacheError: Rows are missing and there is no teacher to ask.
         """
         number = view if self._views is None else view % self._views
-        plan = self._pool.draw(positions, self._mixing, number)
+        plan = self._pool.draw(positions, self._mixing, number, partners)
         images = self._pool.carry_out(plan, positions, model)
         return images, plan, decode(self._records(positions, number), self.layout)
 
@@ -170,14 +176,19 @@ def label_teaching(pool: Pool, labels: PseudoLabels, settings: StageConfig) -> T
 
 
 def with_mixing(policy: str | Policy, settings: StageConfig) -> Policy:
-    """A policy with CutMix of neighbours at its end where the stage asks for it.
+    """A policy with CutMix of partners at its end where the stage asks for it.
 
     A step at the end leaves the draws of those before it as they are.
     """
     chosen = get_policy(policy)
-    if settings.cutmix_probability <= 0.0 or settings.cutmix_alpha <= 0.0:
+    if not mixes(settings):
         return chosen
     return chosen.followed_by(CutMix(settings.cutmix_alpha, settings.cutmix_probability))
+
+
+def mixes(settings: StageConfig) -> bool:
+    """Whether a stage asks for CutMix."""
+    return settings.cutmix_probability > 0.0 and settings.cutmix_alpha > 0.0
 
 
 def mixed_rows(rows: TopK, plan: Plan) -> TopK | MixedTopK:

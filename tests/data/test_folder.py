@@ -111,7 +111,7 @@ def test_corrupt_image(root: Path, damage: str) -> None:
     with pytest.raises(DataError, match=r"dog/bad\.jpg can't be decoded .* set on_error to skip"):
         load(f"folder:{root}")
     pool = load(f"folder:{root}", on_error="skip")
-    assert pool.skipped == ("dog/bad.jpg",)
+    assert [failure.name for failure in pool.failures] == ["dog/bad.jpg"]
     assert len(pool) == 9
     assert pool.paths is not None
     assert "dog/bad.jpg" not in pool.paths

@@ -63,10 +63,14 @@ def test_refuses_a_pool_larger_than_memory() -> None:
 
 @pytest.mark.parametrize("spec", ["digit", "digits:x", "folder:", "csv:a.csv", ""])
 def test_unknown_source(spec: str) -> None:
-    with pytest.raises(DataError, match="must be digits, folder:PATH or idx:PATH"):
+    with pytest.raises(
+        DataError, match=r"must be digits or arrays:PATH, folder:PATH, .* or webdataset:PATH"
+    ):
         load(spec)
 
 
 def test_folder_settings_are_for_folders() -> None:
-    with pytest.raises(DataError, match="image_size is for data of the form folder:PATH"):
+    with pytest.raises(
+        DataError, match="image_size is for encoded images, but digits holds arrays"
+    ):
         load("digits", image_size=16)

@@ -21,6 +21,12 @@ T* dynamic_shared() {
   return reinterpret_cast<T*>(emulator::dynamic_shared());
 }
 
+template <class T>
+T load_global(const T* at) {
+  emulator::count_loaded(sizeof(T));
+  return *at;
+}
+
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
 inline unsigned cluster_rank() { return emulator::cluster_rank(); }

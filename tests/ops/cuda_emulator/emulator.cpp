@@ -63,6 +63,7 @@ struct Machine {
 Machine machine;
 unsigned order_seed = 0;
 bool clusters_allowed = true;
+uint64_t bytes_loaded = 0;
 
 bool of_block(Operation x) { return x == Operation::block_barrier || x == Operation::block_and; }
 
@@ -274,6 +275,8 @@ struct StacksBack {
 void set_order(unsigned seed) { order_seed = seed; }
 void set_clusters(bool has) { clusters_allowed = has; }
 bool has_clusters() { return clusters_allowed; }
+void count_loaded(size_t bytes) { bytes_loaded += bytes; }
+uint64_t loaded() { return bytes_loaded; }
 
 void launch(const Shape& shape, const std::function<void()>& body) {
   if (machine.fiber) throw EmulationError("A kernel launches a kernel.");

@@ -74,6 +74,10 @@ void set_order(unsigned seed);
 void set_clusters(bool has);
 bool has_clusters();
 
+// Bytes that kernels loaded, of those loads they want counted.
+void count_loaded(size_t bytes);
+uint64_t loaded();
+
 // ---- what a running thread asks for
 enum class Operation { shuffle, ballot, warp_barrier, block_barrier, block_and, cluster_barrier };
 // Meets the others of the mask (the block, the cluster), gives them `value`, and takes the value of
