@@ -146,7 +146,7 @@ def fashion(rows: int) -> Samples:
 
 def building(seconds: float) -> dict[str, float]:
     """`build` beside the teacher's passes over the same views."""
-    samples, teacher = fashion(2048), Teacher.of(network())
+    samples, teacher = fashion(8192), Teacher.of(network())
     index = torch.from_numpy(samples.positions)
 
     def passes() -> None:
@@ -166,7 +166,7 @@ def building(seconds: float) -> dict[str, float]:
     own: list[float] = []
     whole: list[float] = []
     started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(own) < 5:
+    while time.perf_counter() - started < seconds or len(own) < 3:
         own.append(median(passes, 1))
         whole.append(median(built, 1))
     ratios = sorted((b - once) / a for a, b in zip(own, whole, strict=True))

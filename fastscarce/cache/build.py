@@ -320,13 +320,13 @@ class _Work:
             again = draw(self.policy, ids[held], view=view, seed=self.seed, image_size=samples.size)
             hashes = pixel_hashes(again, samples.images, index[torch.from_numpy(held).to(device)])
             sentinels = dict(zip(ids[held].tolist(), hashes, strict=True))
-        return Piece(view, new, ids, samples.labels[places], records, sentinels, ready)
+        return Piece(view, new, ids, records, sentinels, ready)
 
 
 def _run(work: _Work, writer: ShardWriter, done: dict[int, Ids], rank: int, world_size: int) -> int:
     """This process's units, the writing in a thread of its own; returns the rows written."""
     written = 0
-    pieces = Pipeline(work.layout, writer)
+    pieces = Pipeline(work.layout, work.samples, writer)
     try:
         for number, (view, places, chosen) in enumerate(work.units()):
             if number % world_size != rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastscarce.cache.quality import sums_of
 from fastscarce.cache.record import Layout, decode
+from fastscarce.cache.samples import Samples
 from fastscarce.cache.shard import ShardWriter
 from fastscarce.errors import TrainingError
 
@@ -31,7 +33,6 @@ class Piece:
     view: int
     keep: Ids  # which of the batch's rows are new
     ids: Ids
-    labels: Ids
     records: Tensor
     sentinels: dict[int, str]
     ready: torch.cuda.Event | None
@@ -40,9 +41,12 @@ class Piece:
 class Pipeline:
     """A queue to the thread that writes; an error there is raised at the next call here."""
 
-    def __init__(self, layout: Layout, writer: ShardWriter) -> None:
+    def __init__(self, layout: Layout, samples: Samples, writer: ShardWriter) -> None:
         self._layout = layout
+        self._samples = samples  # lowest id first
         self._writer = writer
+        self._hashes: dict[tuple[int, int], str] = {}  # of sentinels, until their shard is written
+        writer.summarise = self._summary
         self._queue: queue.Queue[Piece | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="table-writer", daemon=True)
@@ -82,19 +86,26 @@ class Pipeline:
             piece.ready.synchronize()
         whole = len(piece.keep) == len(piece.records)
         records = piece.records if whole else piece.records[torch.from_numpy(piece.keep)]
-        ids, labels = piece.ids[piece.keep], piece.labels[piece.keep]
-        rows = decode(records, self._layout)
-        sums, first = sums_of(rows, self._layout, labels)
+        # By view too: the shard of the view before may still have to be written.
+        self._hashes.update({(piece.view, key): text for key, text in piece.sentinels.items()})
+        self._writer.add(piece.view, piece.ids[piece.keep], records.numpy())
+
+    def _summary(
+        self, view: int, ids: Ids, records: npt.NDArray[np.uint8]
+    ) -> tuple[dict[str, float], list[list[Any]]]:
+        """Of a shard's rows at once: by batches it would cost the teacher's passes a per cent."""
+        rows = decode(torch.from_numpy(records), self._layout)
         odd = torch.isnan(rows.log_probs[:, 0])
         if bool(odd.any()):
             raise TrainingError(
-                f"The teacher's output on sample {int(ids[int(odd.nonzero()[0])])}, view "
-                f"{piece.view}, is not finite; run it in float32, or train it with a lower "
-                "learning rate."
+                f"The teacher's output on sample {int(ids[int(odd.nonzero()[0])])}, view {view}, is"
+                " not finite; run it in float32, or train it with a lower learning rate."
             )
+        labels = self._samples.labels[np.searchsorted(self._samples.ids, ids)]
+        sums, first = sums_of(rows, self._layout, labels)
+        known = np.array([key for of, key in self._hashes if of == view], dtype=np.int64)
         sentinels = [
-            [number, piece.sentinels[number], int(label)]
-            for number, label in zip(ids.tolist(), first.tolist(), strict=True)
-            if number in piece.sentinels
+            [int(ids[row]), self._hashes.pop((view, int(ids[row]))), int(first[row])]
+            for row in np.flatnonzero(np.isin(ids, known))
         ]
-        self._writer.add(piece.view, ids, records.numpy(), sums, sentinels)
+        return sums, sentinels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ ROWS = 65536
 _CURE = "`fastscarce cache gc` drops it, and `cache build` makes its rows again"
 
 Ids = npt.NDArray[np.int64]
+Summary = Callable[[int, Ids, npt.NDArray[np.uint8]], tuple[dict[str, float], list[list[Any]]]]
 
 
 def view_folder(view: int) -> str:
@@ -68,6 +69,9 @@ class ShardWriter:
         self._sums: dict[str, float] = {}
         self._sentinels: list[list[Any]] = []
         self._numbers: dict[int, int] = {}
+        self.summarise: Summary | None = None
+        """Gives a shard's sums and sentinels from its view, ids and records; before it is written,
+        so that what it refuses is not."""
 
     @property
     def capacity(self) -> int:
@@ -120,9 +124,11 @@ class ShardWriter:
         if self._filled == 0:
             return
         layout, count = self._layout, self._filled
-        ids = self._ids[:count]
+        ids, records = self._ids[:count], self._records[:count]
+        if self.summarise is not None:
+            self._sums, self._sentinels = self.summarise(self._view, ids, records)
         content = safetensors.numpy.save(
-            {"record": self._records[:count], "sample_id": ids},
+            {"record": records, "sample_id": ids},
             metadata={
                 "version": str(VERSION),
                 "fingerprint": self._fingerprint,
