@@ -34,8 +34,9 @@ demo: $(STAMP)
 	$(BIN)/fastscarce doctor
 	$(BIN)/fastscarce selftrain --out $(OUT) --overwrite --threads 1
 
+# A process a core; a file's tests stay together, with what they share.
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

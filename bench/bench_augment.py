@@ -15,6 +15,9 @@ CutMix box a batch; DALI has none, and is given torchvision's. Warps of RandAugm
 torchvision's default is, but for Kornia and DALI, which have bilinear alone; fastscarce is timed
 both ways. A peer that is not installed is left out, and said so.
 
+A second table says what drawing plans takes of a loop of drawing and carrying out alone, summed
+over the loop: a draw a batch, and `draw_batches` for 16 at once.
+
 ``pytest bench/bench_augment.py`` runs the same cases under pytest-benchmark.
 """
 
@@ -36,11 +39,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastscarce.augment import apply, draw, get_policy
+from fastscarce.augment import apply, draw, draw_batches, get_policy
 
 SIZES = [(64, 224), (256, 32)]
 JOBS = ("randaugment", "weak")
 THREADS = 2
+DRAWN_AT_ONCE = 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESULTS = Path(__file__).parent / "results" / "augment.json"
 
@@ -263,10 +267,8 @@ def steps_of(job: str, rows: int, side: int) -> dict[str, Step]:
 
 
 def measure(job: str, rows: int, side: int, seconds: float) -> dict[str, Any]:
-    """Medians of interleaved turns in milliseconds, and of drawing alone."""
+    """Medians of interleaved turns in milliseconds."""
     steps = steps_of(job, rows, side)
-    ids = np.arange(rows)
-    steps["drawing alone"] = lambda: draw(_POLICIES[job], ids, view=3, seed=0, image_size=side)
     for step in steps.values():
         step()
         step()
@@ -280,6 +282,42 @@ def measure(job: str, rows: int, side: int, seconds: float) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {"job": job, "rows": rows, "side": side, "turns": len(times["fastscarce"]),
             "milliseconds": medians}  # fmt: skip
+
+
+def measure_drawing(job: str, rows: int, side: int, seconds: float) -> dict[str, Any]:
+    """What drawing takes of a loop, for plans drawn one by one and sixteen by sixteen."""
+    images, ids = batch(rows, side), np.arange(rows)
+    found: dict[str, Any] = {"job": job, "rows": rows, "side": side}
+    for at_once in (1, DRAWN_AT_ONCE):
+        drawing = loop = 0.0
+        batches, view, count = [ids] * at_once, 0, 0
+        end = time.perf_counter() + seconds
+        while (begin := time.perf_counter()) < end:
+            if at_once == 1:
+                plans = [draw(_POLICIES[job], ids, view=view, seed=0, image_size=side)]
+            else:
+                views = np.arange(view, view + at_once)
+                plans = draw_batches(_POLICIES[job], batches, view=views, seed=0, image_size=side)
+            drawn = time.perf_counter()
+            for plan in plans:
+                apply(plan, images, mean=MEAN, std=STD)
+            view += at_once
+            if view > at_once:  # the first turn compiles and warms
+                drawing += drawn - begin
+                loop += time.perf_counter() - begin
+                count += at_once
+        found[str(at_once)] = {"microseconds": 1e6 * drawing / count, "share": drawing / loop}
+    return found
+
+
+def print_drawing(results: list[dict[str, Any]]) -> None:
+    print("\n| job | batch | a draw a batch | % | 16 at once | % |\n|---|---|---|---|---|---|")
+    for result in results:
+        cells = [
+            f"{result[str(n)]['microseconds']:.0f} us | {100 * result[str(n)]['share']:.1f}"
+            for n in (1, DRAWN_AT_ONCE)
+        ]
+        print(f"| {result['job']} | {result['rows']} x {result['side']} | {' | '.join(cells)} |")
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
@@ -309,11 +347,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     results = [measure(job, *size, arguments.seconds) for job in JOBS for size in SIZES]
+    drawing = [measure_drawing(j, *size, arguments.seconds / 6) for j in JOBS for size in SIZES]
     print_table(results)
+    print_drawing(drawing)
     facts = harness.environment("cpu", THREADS)
     del facts["temperature"], facts["alpha"]
     facts["versions"] |= versions()
-    harness.write_record(arguments.out, {**facts, "results": results})
+    harness.write_record(arguments.out, {**facts, "results": results, "drawing": drawing})
 
 
 @pytest.mark.parametrize("method", METHODS)

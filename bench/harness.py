@@ -32,7 +32,6 @@ RESULTS = Path(__file__).parent / "results"
 # Blocks of any size come from the heap, and the heap is not trimmed.
 WARM = {"MALLOC_MMAP_THRESHOLD_": "8000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
 COPIED = 256  # MiB, far more than a last-level cache holds
-CACHES = 128  # MiB, more than a last-level cache
 LEAST_TURNS = 5
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,19 +126,18 @@ def that_fit(steps: dict[str, Step]) -> dict[str, Step]:
 def turns(steps: dict[str, Step], seconds: float, device: str = "cpu") -> Row:
     """Times of steps that take turns (A B C A B C ...) for `seconds`, at least 5 turns.
 
-    A busy moment of the machine falls on all of them. Before each turn on a CPU memory larger than
-    its caches is read, untimed: the step would otherwise pay for writing back what the one before
-    it left in them. Medians and least, in milliseconds, and the ratio of the medians to that of the
-    first.
+    A busy moment of the machine falls on all of them. Each timed step follows an untimed one of the
+    same method, so that it finds code and caches as it left them itself, and pays for writing back
+    nothing that another method left. Medians and least, in milliseconds, and the ratio of the
+    medians to that of the first.
     """
     steps = that_fit(steps)
-    displacing = torch.ones(CACHES * 2**18 if device == "cpu" else 0)
     times: dict[str, list[float]] = {name: [] for name in steps}
     first = next(iter(times))
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[first]) < LEAST_TURNS:
         for name, run in steps.items():
-            displacing.sum()
+            run()
             times[name].append(milliseconds(run, device))
     median = {name: statistics.median(values) for name, values in times.items()}
     return {

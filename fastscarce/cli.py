@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fastscarce.config import (
+    BenchDataConfig,
     DistillConfig,
     FinetuneConfig,
     LabelCommandConfig,
@@ -34,8 +35,10 @@ COMMANDS: dict[str, type] = {
     "label": LabelCommandConfig,
     "distill": DistillConfig,
     "show-augment": ShowAugmentConfig,
+    "bench-data": BenchDataConfig,
 }
 _SHOW = "show-augment"
+_BENCH_DATA = "bench-data"
 _DOCTOR = "doctor"
 
 
@@ -60,6 +63,8 @@ def _flags(config: type) -> set[str]:
 
 def _normalised(arguments: Sequence[str]) -> list[str]:
     """Accept ``--labels-per-class`` for ``--labels_per_class``, and ``--resume`` for ``=true``."""
+    if list(arguments[:2]) == ["bench", "data"]:
+        arguments = [_BENCH_DATA, *arguments[2:]]
     command = next((word for word in arguments if word in COMMANDS), None)
     switches = _flags(COMMANDS[command]) if command else set()
     result: list[str] = []
@@ -173,6 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastscarce.doctor import main as examine
 
             return examine()
+        if command == _BENCH_DATA:
+            from fastscarce.train.throughput import bench_data
+
+            print(bench_data(config))
+            return 0
         if command == _SHOW:
             from fastscarce.report import show_augment
 
@@ -190,6 +200,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"error: {_disk(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # PyTorch says that a worker died wherever the program is
+        from fastscarce.data.workers import explain
+
+        trouble = explain(error)
+        if trouble is None:
+            raise
+        print(f"error: {trouble} --resume goes on with what was saved.", file=sys.stderr)
         return 2
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "BenchDataConfig",
     "DataConfig",
     "DistillConfig",
     "FinetuneConfig",
@@ -30,26 +31,48 @@ class DataConfig:
 
     Attributes:
         data: `digits` (scikit-learn's, embedded), `folder:PATH` (a sub-folder a class, with
-            `unlabelled/` and `test/` if you have them) or `idx:PATH` (MNIST's file format).
-        unlabelled: Folder of more images without labels.
+            `unlabelled/` and `test/` if you have them), `table:PATH` (CSV or Parquet),
+            `webdataset:PATH` (tar shards), `arrays:PATH` (.npz or .npy) or `idx:PATH` (MNIST's file
+            format). PATH may be a pattern of tables, and of shards a URL too.
+        unlabelled: More images without labels: a folder, or again `KIND:PATH`.
+        image_key: Column of a table, name of an array or extension of a shard's member that holds
+            the images. `null` takes the usual names.
+        label_key: The same for the labels.
+        id_key: The same for ids, of tables and arrays. `null` makes ids of paths or positions.
         labels_per_class: Labels to use of each class, drawn from the seed; the other labels are
             hidden. `null` uses every label.
+        labels_file: CSV or Parquet of the images whose labels may be used (`id` or `name`, and
+            `label`); `labels_per_class` is not asked then. A run's `split.csv` gives the same split
+            again.
         holdout_per_class: Labelled images of each class that train nothing and judge the rounds.
             `null` takes a fifth where a class has at least 20 labels, and otherwise none.
         test_fraction: Part of each class kept for the test, where the data has no test split.
         image_size: Side in pixels that images are brought to. `null` keeps a common size.
         flip: Whether a mirrored image keeps its label; `auto` asks the data set.
-        on_error: What to do with an image that can't be read.
+        on_error: What to do with an image that can't be read: `skip` leaves it out, `replace` puts
+            another one of its label in its place, and `quarantine.csv` lists it.
+        pool: Where the decoded images lie: `device`, `host` (in memory), `disk` (a file beside the
+            cache, mapped into memory) or `off` (decoded each time); `auto` takes the first that
+            they fit in. The results are the same.
+        loader: Who decodes: `torch`, or `dali` (NVIDIA DALI, an extra).
+        workers: Processes that decode ahead, a stream of batches, or threads of DALI.
     """
 
     data: str = "digits"
     unlabelled: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    id_key: str | None = None
     labels_per_class: int | None = 4
+    labels_file: str | None = None
     holdout_per_class: int | None = None
     test_fraction: float = 1 / 3
     image_size: int | None = None
     flip: Literal["auto", "yes", "no"] = "auto"
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: Literal["raise", "skip", "replace"] = "raise"
+    pool: Literal["auto", "device", "host", "disk", "off"] = "auto"
+    loader: Literal["torch", "dali"] = "torch"
+    workers: int = 2
 
 
 @dataclass
@@ -86,7 +109,7 @@ class StageConfig:
         ema_decay: Of the weights' moving average, which is the model that a stage returns.
         max_gradient_norm: Gradients are scaled down to this norm. `null` leaves them.
         augmentation: Policy of the labelled views.
-        cutmix_probability: Part of the views that a box of their neighbour's is pasted into.
+        cutmix_probability: Part of the views that a box of their partner is pasted into.
         cutmix_alpha: Both parameters of the Beta distribution of the mixed area.
         label_smoothing: Part of a label spread evenly over the classes.
     """
@@ -257,7 +280,7 @@ class ShowAugmentConfig:
 
     Attributes:
         policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`, or a YAML file.
-        data: As for training: `digits`, `folder:PATH` or `idx:PATH`.
+        data: As for training: `digits`, `folder:PATH`, `table:PATH` and so on.
         out: The PNG file.
         images: Rows of the sheet.
         views: Views of each image.
@@ -274,6 +297,37 @@ class ShowAugmentConfig:
     seed: int = 0
     image_size: int | None = None
     flip: Literal["auto", "yes", "no"] = "auto"
+
+
+@dataclass
+class BenchDataConfig:
+    """Print images a second by stage (read, decode, augment, transfer, model), and the bottleneck.
+
+    Attributes:
+        data: As for training: `digits`, `folder:PATH`, `table:PATH` and so on.
+        image_size: Side in pixels that encoded images are brought to.
+        policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`.
+        batch_size: Images of a batch.
+        loader: Who decodes: `torch`, or `dali` (NVIDIA DALI, an extra).
+        workers: Processes that decode ahead, or threads of DALI.
+        model: The network.
+        seconds: Of each stage.
+        seed: Every draw follows from it.
+        cpu: Use the CPU even where there is a GPU.
+        threads: CPU threads of this process. `null` leaves PyTorch's choice.
+    """
+
+    data: str = "digits"
+    image_size: int = 224
+    policy: str = "randaugment(2, 9)+cutmix"
+    batch_size: int = 64
+    loader: Literal["torch", "dali"] = "torch"
+    workers: int = 2
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="resnet18"))
+    seconds: float = 3.0
+    seed: int = 0
+    cpu: bool = False
+    threads: int | None = None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

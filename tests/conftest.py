@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before torch is imported, here and in every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# What is kept of data sets goes into a folder of its own, here and in those processes.
+if "FASTSCARCE_CACHE" not in os.environ:
+    os.environ["FASTSCARCE_CACHE"] = tempfile.mkdtemp(prefix="fastscarce-tests-")
+    atexit.register(shutil.rmtree, os.environ["FASTSCARCE_CACHE"], ignore_errors=True)
 
 import torch
 

@@ -207,9 +207,9 @@ def test_more_labels_than_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "parts"),
     [
-        ("digit", ["digits, folder:PATH or idx:PATH"]),
+        ("digit", ["digits", "folder:PATH, idx:PATH, table:PATH or webdataset:PATH"]),
         ("idx:/nowhere/at/all", ["/nowhere/at/all"]),
-        ("folder:", ["digits, folder:PATH or idx:PATH"]),
+        ("folder:", ["digits", "folder:PATH, idx:PATH, table:PATH or webdataset:PATH"]),
     ],
 )
 def test_data_that_is_not_there(data: str, parts: list[str], tmp_path: Path) -> None:

@@ -17,14 +17,18 @@ class Renderer {
     static thread_local std::vector<uint8_t> memory;
     static thread_local std::vector<float> numbers;
     static thread_local std::vector<uint32_t> words;
-    if (memory.size() < size_t(room_ * kBuffers)) memory.resize(size_t(room_ * kBuffers));
+    const size_t needed =
+        size_t(room_ * kBuffers + padded_bytes(call.height, call.width, int64_t(C)));
+    if (memory.size() < needed) memory.resize(needed);
     const size_t width = size_t(call.width + kBlock - 1) / kBlock * kBlock;
     if (numbers.size() < width * 6) numbers.resize(width * 6);
     if (words.size() < width * 5) words.resize(width * 5);
     for (int i = 0; i < kBuffers; ++i) buffers_[i] = memory.data() + i * room_;
+    padded_ = memory.data() + room_ * kBuffers;
     numbers_ = numbers.data();
     lines_.x = numbers_, lines_.y = numbers_ + width;
-    lines_.across = numbers_ + 2 * width, lines_.down = numbers_ + 3 * width;
+    lines_.across = numbers_ + 3 * width, lines_.down = numbers_ + 4 * width;
+    lines_.stride = int(width);
     for (size_t k = 0; k < 4; ++k) lines_.taps[k] = words.data() + k * width;
     lines_.at = reinterpret_cast<int32_t*>(words.data() + 4 * width);
   }
@@ -66,7 +70,7 @@ class Renderer {
       if (warps && slot == plan.warp_at) {
         flush();
         if (is_last && current_ == call_.images + source * bytes_) copy();
-        warp_image<C>({current_, spare_, call_.height, call_.width, &plan}, lines_);
+        warp_image<C>({current_, spare_, call_.height, call_.width, &plan}, lines_, padded_);
         turn();
       }
       if (slot < kSlots && !(call_.fast && fold(plan, slot, warps))) operate(plan, slot);
@@ -384,6 +388,7 @@ class Renderer {
   const int64_t bytes_, room_;
   float* numbers_;  // two lines of planes
   uint8_t* buffers_[kBuffers];
+  uint8_t* padded_;  // of a warp's source
   Lines lines_;
   // The rows whose renderings still stand.
   int64_t kept_row_[2] = {-1, -1};

@@ -43,7 +43,7 @@ void to_planes(const uint8_t* __restrict line, int pixels, float* __restrict pla
 
 // Sixteen pixels of one plane a channel, interleaved.
 template <int C>
-void interleave_block(const uint8_t (&part)[3][kBlock], uint8_t* to) {
+FS_HD inline void interleave_block(const uint8_t (&part)[3][kBlock], uint8_t* to) {
 #if FS_VECTORS
   if constexpr (C == 3) {
     // Byte k of the 48 is of channel k % 3 and pixel k / 3.
@@ -73,14 +73,34 @@ void interleave_block(const uint8_t (&part)[3][kBlock], uint8_t* to) {
     for (int c = 0; c < C; ++c) to[C * i + c] = part[c][i];
 }
 
+// `level` of sixteen numbers.
+inline void level_block(const float* __restrict from, uint8_t* __restrict to) {
+#if FS_WIDE
+  // Saturation cuts off above; a number that no int holds becomes a large unsigned one.
+  const __m512i whole_ones =
+      _mm512_cvttps_epi32(_mm512_max_ps(_mm512_loadu_ps(from), _mm512_setzero_ps()));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(whole_ones));
+#elif FS_VECTORS
+  const __m256 most = _mm256_set1_ps(255.0f);
+  const __m256i low = _mm256_cvttps_epi32(_mm256_min_ps(_mm256_loadu_ps(from), most));
+  const __m256i high = _mm256_cvttps_epi32(_mm256_min_ps(_mm256_loadu_ps(from + 8), most));
+  // Packing goes by halves of a register: what ends in the middle is put right in between.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(to),
+      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+  for (int i = 0; i < kBlock; ++i) to[i] = level(from[i]);
+#endif
+}
+
 // Levels between 0 and 255 are cut off to whole ones.
 template <int C>
 void from_planes(const float* __restrict planes, int stride, int pixels, uint8_t* __restrict line) {
   uint8_t part[3][kBlock];
   int x = 0;
   for (; x + kBlock <= pixels; x += kBlock) {
-    for (int c = 0; c < C; ++c)
-      for (int i = 0; i < kBlock; ++i) part[c][i] = level(planes[c * stride + x + i]);
+    for (int c = 0; c < C; ++c) level_block(planes + c * stride + x, part[c]);
     interleave_block<C>(part, line + C * x);
   }
   for (; x < pixels; ++x)

@@ -11,8 +11,9 @@ struct Warp {
   const PlanRow* row;
 };
 
-struct Lines {  // scratch of `width` numbers each
-  float *x, *y;
+struct Lines {   // scratch of `stride` numbers each, at least the width
+  float *x, *y;  // and as many again: together room for three planes
+  int stride = 0;
   int32_t* at;
   float *across, *down;
   uint32_t* taps[4];
@@ -72,14 +73,43 @@ void warp_nearest(const Warp& warp, const Axis& across, const Axis& down, const 
   }
 }
 
-// A line of results: all taps are fetched, then all are weighed. Pixels near the border, whose taps
-// are put inside here, are done again one by one.
+// The image with a pixel of the fill around it, so that every tap that counts is there: lines of
+// width + 2 pixels, and a few bytes after the last. Of a mirrored border no tap counts.
 template <int C>
-void warp_bilinear(const Warp& warp, const Axis& across, const Axis& down, const Lines& lines) {
+void pad_image(const Warp& warp, uint8_t* to) {
   const int width = warp.width, height = warp.height;
-  const float right = across.side - 1.0f, bottom = down.side - 1.0f;
-  const float last_left = right > 0.0f ? right - 1.0f : 0.0f;
-  const float last_top = bottom > 0.0f ? bottom - 1.0f : 0.0f;
+  const int64_t pitch = int64_t(width + 2) * C;
+  const uint8_t* const fill = warp.row->fill;
+  for (int x = 0; x < width + 2; ++x) copy_pixel<C>(to + C * x, fill);
+  for (int line = 0; line < height; ++line) {
+    uint8_t* const at = to + (line + 1) * pitch;
+    std::memcpy(at, fill, C);
+    std::memcpy(at + C, warp.source + int64_t(line) * width * C, size_t(width) * C);
+    std::memcpy(at + C + int64_t(width) * C, fill, C);
+  }
+  uint8_t* const last = to + (height + 1) * pitch;
+  for (int x = 0; x < width + 2; ++x) copy_pixel<C>(last + C * x, fill);
+}
+constexpr int64_t padded_bytes(int64_t height, int64_t width, int64_t channels) {
+  return (height + 2) * (width + 2) * channels + 8;
+}
+
+// `between` of a number that is no NaN, as a compiler makes vectors of it.
+inline float held(float x, float low, float high) {
+  const float up = x < low ? low : x;
+  return up > high ? high : up;
+}
+
+// A line of results: all taps are fetched, then all are weighed. Coordinates are held within a
+// pixel of the image: beyond, all taps are the fill.
+template <int C>
+void warp_bilinear(const Warp& warp, const Axis& across, const Axis& down, const Lines& lines,
+                   uint8_t* padded) {
+  pad_image<C>(warp, padded);
+  const int width = warp.width, height = warp.height;
+  const int pitch = (width + 2) * C;
+  const uint8_t* const origin = padded + pitch + C;
+  const float wide = across.side, tall = down.side, right = wide - 1.0f, bottom = tall - 1.0f;
   const float* const __restrict xs = lines.x;
   const float* const __restrict ys = lines.y;
   float* const __restrict shares_x = lines.across;
@@ -89,58 +119,41 @@ void warp_bilinear(const Warp& warp, const Axis& across, const Axis& down, const
   uint32_t* const __restrict t1 = lines.taps[1];
   uint32_t* const __restrict t2 = lines.taps[2];
   uint32_t* const __restrict t3 = lines.taps[3];
-  const uint8_t* const source = warp.source;
-  const int64_t next = width > 1 ? C : 0, below = height > 1 ? int64_t(width) * C : 0;
   for (int line = 0; line < height; ++line) {
     coordinates(warp, across, down, line, lines);
-    int inside = 0;
     for (int i = 0; i < width; ++i) {
-      const float x = xs[i], y = ys[i];
-      inside += (x >= 0.0f) & (x < right) & (y >= 0.0f) & (y < bottom) ? 1 : 0;
-      const float left = __builtin_floorf(x), top = __builtin_floorf(y);
+      const float x = held(xs[i], -1.0f, wide), y = held(ys[i], -1.0f, tall);
+      const float left = held(__builtin_floorf(x), -1.0f, right);
+      const float top = held(__builtin_floorf(y), -1.0f, bottom);
       shares_x[i] = plus(x, -left);
       shares_y[i] = plus(y, -top);
-      const int column = int(between(left, 0.0f, last_left));
-      at[i] = (int(between(top, 0.0f, last_top)) * width + column) * C;
+      at[i] = int(top) * pitch + int(left) * C;
     }
     for (int i = 0; i < width; ++i) {
-      const uint8_t *const upper = source + at[i], *const lower = upper + below;
+      const uint8_t *const upper = origin + at[i], *const lower = upper + pitch;
       if constexpr (C == 3) {
         std::memcpy(t0 + i, upper, 4);
-        std::memcpy(t1 + i, upper + next, 4);
+        std::memcpy(t1 + i, upper + C, 4);
         std::memcpy(t2 + i, lower, 4);
-        std::memcpy(t3 + i, lower + next, 4);
+        std::memcpy(t3 + i, lower + C, 4);
       } else {
-        t0[i] = upper[0], t1[i] = upper[next], t2[i] = lower[0], t3[i] = lower[next];
+        t0[i] = upper[0], t1[i] = upper[C], t2[i] = lower[0], t3[i] = lower[C];
       }
     }
-    uint8_t* const to = warp.to + int64_t(line) * width * C;
-    for (int first = 0; first < width; first += kBlock) {
-      uint8_t part[3][kBlock];
-      for (int c = 0; c < C; ++c) {
-        for (int k = 0; k < kBlock; ++k) {  // past the line's end there is room, and any number
-          const int i = first + k;
-          const float a = float(int32_t((t0[i] >> (8 * c)) & 255u));
-          const float b = float(int32_t((t1[i] >> (8 * c)) & 255u));
-          const float d = float(int32_t((t2[i] >> (8 * c)) & 255u));
-          const float e = float(int32_t((t3[i] >> (8 * c)) & 255u));
-          const float share = shares_x[i];
-          const float upper = interpolated(a, b, share), lower = interpolated(d, e, share);
-          part[c][k] = uint8_t(int(whole(interpolated(upper, lower, shares_y[i]))));
-        }
-      }
-      if (first + kBlock <= width) {
-        interleave_block<C>(part, to + C * first);
-      } else {
-        for (int k = 0; first + k < width; ++k)
-          for (int c = 0; c < C; ++c) to[C * (first + k) + c] = part[c][k];
+    // The coordinates are done with: their room takes a plane a channel.
+    for (int c = 0; c < C; ++c) {
+      float* const __restrict plane = lines.x + c * lines.stride;
+      for (int i = 0; i < width; ++i) {
+        const float a = float(int32_t((t0[i] >> (8 * c)) & 255u));
+        const float b = float(int32_t((t1[i] >> (8 * c)) & 255u));
+        const float d = float(int32_t((t2[i] >> (8 * c)) & 255u));
+        const float e = float(int32_t((t3[i] >> (8 * c)) & 255u));
+        const float share = shares_x[i];
+        const float upper = interpolated(a, b, share), lower = interpolated(d, e, share);
+        plane[i] = whole(interpolated(upper, lower, shares_y[i]));
       }
     }
-    for (int i = 0; i < width && inside < width; ++i) {
-      const float x = xs[i], y = ys[i];
-      if (!((x >= 0.0f) & (x < right) & (y >= 0.0f) & (y < bottom)))
-        fetch_bilinear<C>(source, width, height, *warp.row, x, y, to + C * i);
-    }
+    from_planes<C>(lines.x, lines.stride, width, warp.to + int64_t(line) * width * C);
   }
 }
 
@@ -178,7 +191,7 @@ bool moved_whole(const Warp& warp) {
 }
 
 template <int C>
-void warp_image(const Warp& warp, const Lines& lines) {
+void warp_image(const Warp& warp, const Lines& lines, uint8_t* padded) {
   fetch_ahead(warp.source, int64_t(warp.height) * warp.width * C);
   if (moved_whole<C>(warp)) return;
   const Axis across = axis_of(warp.row->matrix, warp.width);
@@ -186,5 +199,5 @@ void warp_image(const Warp& warp, const Lines& lines) {
   if (warp.row->sampling == kNearest)
     warp_nearest<C>(warp, across, down, lines);
   else
-    warp_bilinear<C>(warp, across, down, lines);
+    warp_bilinear<C>(warp, across, down, lines, padded);
 }

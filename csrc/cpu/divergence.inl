@@ -277,7 +277,7 @@ struct Divergences {
     }
     const Dtype dtype = call.student.dtype;
     char* const gradient = static_cast<char*>(call.gradient) + row * r.classes * size_of(dtype);
-    Body::put(r.student, gradient, dtype, r.classes, call.stream);
+    put<V>(r.student, gradient, dtype, r.classes, call.stream);
   }
 
   template <int Name>

@@ -8,8 +8,8 @@
 // e^s = (e^(s/T))^T, any other T takes a third. DRAM traffic is the least there is: student and
 // teacher read once, the gradient written once (past the caches where the call asks).
 //
-// Included inside the namespace of an instruction set, after kd_row.h, a vec_*.inl, convert.inl and
-// kd_label.inl.
+// Included inside the namespace of an instruction set, after kd_row.h, a vec_*.inl, convert.inl,
+// kd_label.inl, kd_scale.inl and pending.inl.
 
 template <class V, class Exponential>
 struct Kd {
@@ -27,6 +27,7 @@ struct Kd {
   };
   struct Buffers {
     alignas(64) A student[kChunk], teacher[kChunk], out[kChunk];
+    Pending<V> pending;
   };
 
   struct Setup {
@@ -76,7 +77,8 @@ struct Kd {
   // ---- statistics of one chunk. Sum: logit_sum too, on the way.
   template <int Power, bool Teacher, bool Keep, bool Sum = false>
   static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
-                                     A* student_kept, A* teacher_kept, A* label_kept) {
+                                     A* student_kept, A* teacher_kept, A* label_kept,
+                                     Pending<V>& pending) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
     V student_top(lowest), teacher_top(lowest);
@@ -117,8 +119,16 @@ struct Kd {
       }
       return x;
     };
+    const A* const leaving = pending.from;
+    A* const to = pending.to;
+    const int64_t end = pending.end;
+    int64_t at = pending.at;
     for (int64_t i = 0; i < whole; i += L) {
       ask_ahead<Teacher>(s, t, i, n);
+      if (at < end) {
+        V::load(leaving + at).stream(to + at);
+        at += L;
+      }
       const V x = step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
       if constexpr (Sum) logit_sum = logit_sum + x;
     }
@@ -128,6 +138,7 @@ struct Kd {
     if (whole < n)
       step(V::load_part(s + whole, n - whole, lowest),
            Teacher ? V::load_part(t + whole, n - whole, lowest) : zero, whole);
+    pending.at = at;
     out.student_sum = sum_of(student_sum);
     out.teacher_sum = sum_of(teacher_sum);
     out.label_sum = Power == 1 ? out.student_sum : sum_of(label_sum);
@@ -196,7 +207,8 @@ struct Kd {
     if (i < n) value(i).store_part(out + i, n - i);
   }
 
-  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*);
+  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*,
+                                            Pending<V>&);
   using GradientFunction = void (*)(const Coefficients&, const A*, const A*, const A*, int64_t, A*,
                                     bool);
 
@@ -240,6 +252,16 @@ struct Kd {
     });
   }
 
+  // Whether a row's gradient leaves while the next row is worked on. Not with AVX2, whose sixteen
+  // registers are too few for both, nor where the exponentials of two rows outgrow the second
+  // cache.
+  static bool leaves_late(const Setup& setup) {
+    return L >= 16 && setup.keep && setup.call.stream &&
+           setup.call.student.dtype == dtype_of<A>() &&
+           2 * place_size(setup) * int64_t(sizeof(A)) <= kTwoRowsBytes;
+  }
+  static constexpr int64_t kTwoRowsBytes = int64_t(256) << 10;
+
   // ---- one row
   static KdWeights<A> weights_of(const KdCall& call, const Label& label, int64_t row) {
     const double weight = call.weight ? double(call.weight[row]) : 1.0;
@@ -263,8 +285,8 @@ struct Kd {
       const A* s = read_row<A>(call.student, row, from, n, buffers.student);
       const A* t =
           setup.teacher ? read_row<A>(call.teacher, row, from, n, buffers.teacher) : nullptr;
-      kept.statistics[k] =
-          function(setup, s, t, n, kept.student + from, kept.teacher + from, kept.label + from);
+      kept.statistics[k] = function(setup, s, t, n, kept.student + from, kept.teacher + from,
+                                    kept.label + from, buffers.pending);
       if (setup.smoothing || setup.dense) {
         const A* y = setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
         add_label_sums(setup, s, y, n, kept.statistics[k]);
@@ -309,7 +331,8 @@ struct Kd {
 
   static void gradients(const Setup& setup, GradientFunction function, int64_t row, int64_t first,
                         int64_t last, const Label& label, const Coefficients& whole,
-                        const Statistics& statistics, const Kept& kept, Buffers& buffers) {
+                        const Statistics& statistics, const Kept& kept, Buffers& buffers,
+                        bool late = false) {
     const KdCall& call = setup.call;
     const Dtype dtype = call.student.dtype;
     char* const gradient = static_cast<char*>(call.gradient) + row * call.classes * size_of(dtype);
@@ -322,9 +345,11 @@ struct Kd {
       const A* student_kept = kept.student + from;
       const A* teacher_kept = kept.teacher + from;
       const A* label_kept = kept.label + from;
-      A* out = direct ? reinterpret_cast<A*>(gradient) + from : buffers.out;
+      A* const place = reinterpret_cast<A*>(gradient) + from;
+      if (late) buffers.pending.rest();
+      A* out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
       function(c, student_kept, teacher_kept, label_kept, n, out,
-               direct && call.stream && !setup.dense);
+               !late && direct && call.stream && !setup.dense);
       if (setup.dense) {
         const A* y = read_row<A>(call.soft, row, from, n, buffers.teacher);
         for (int64_t i = 0; i < n; ++i) out[i] -= c.hard * y[i];
@@ -345,21 +370,11 @@ struct Kd {
         fix(label.first);
         fix(label.second);
       }
-      if (!direct) write_as(out, gradient + from * size_of(dtype), dtype, n);
+      if (late)
+        buffers.pending.give(out, place, n);
+      else if (!direct)
+        write_as(out, gradient + from * size_of(dtype), dtype, n);
     }
-  }
-
-  // A finished chunk of the gradient, past the caches where that is asked for.
-  static void put(const A* from, char* to, Dtype dtype, int64_t n, bool stream) {
-    constexpr int64_t bytes = L * int64_t(sizeof(A));
-    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(to) % bytes);
-    const int64_t head = past ? (bytes - past) / int64_t(sizeof(A)) : 0;
-    if (!stream || dtype != dtype_of<A>() || n < head + L) return write_as(from, to, dtype, n);
-    A* const out = reinterpret_cast<A*>(to);
-    write_as(from, to, dtype, head);
-    int64_t i = head;
-    for (; i + L <= n; i += L) V::load(from + i).stream(out + i);
-    write_as(from + i, out + i, dtype, n - i);
   }
 
   // A row that carries no weight or whose label is outside the classes: no gradient; 0 or NaN.
@@ -400,22 +415,43 @@ struct Kd {
     const Setup setup(call);
     const auto statistics_of = statistics_function(setup);
     const auto gradient_of = gradient_function(setup);
-    const Kept kept = place(setup, scratch(place_size(setup)));
+    const bool late = leaves_late(setup);
+    const int64_t size = (place_size(setup) + 15) / 16 * 16;
+    A* const memory = scratch((1 + late) * size);
+    struct Row {
+      int64_t row = -1;
+      Label label;
+      Coefficients c;
+      Statistics whole;
+      Kept kept;
+    } now, before;
+    now.kept = place(setup, memory);
+    before.kept = place(setup, memory + late * size);
     Buffers buffers;
+    const auto gradient = [&](const Row& of, int64_t first, int64_t last) {
+      gradients(setup, gradient_of, of.row, first, last, of.label, of.c, of.whole, of.kept, buffers,
+                late);
+    };
     for (int64_t row = begin; row < end; ++row) {
-      const Label label = label_of(call, row);
-      const KdWeights<A> w = weights_of(call, label, row);
-      if (label.outside || !counts(setup, w)) {
-        leave_out(call, row, label.outside);
+      now.label = label_of(call, row);
+      const KdWeights<A> w = weights_of(call, now.label, row);
+      if (now.label.outside || !counts(setup, w)) {
+        leave_out(call, row, now.label.outside);
         continue;
       }
-      statistics(setup, statistics_of, row, 0, setup.chunks, kept, buffers);
-      Statistics whole;
-      const Coefficients c = finish(setup, row, label, w, kept, whole);
-      static_cast<A*>(call.losses)[row] = c.loss;
-      if (setup.keep)
-        gradients(setup, gradient_of, row, 0, setup.chunks, label, c, whole, kept, buffers);
+      now.row = row;
+      for (int64_t k = 0; k < setup.chunks; ++k) {
+        if (before.row >= 0) gradient(before, k, k + 1);
+        statistics(setup, statistics_of, row, k, k + 1, now.kept, buffers);
+      }
+      now.c = finish(setup, row, now.label, w, now.kept, now.whole);
+      static_cast<A*>(call.losses)[row] = now.c.loss;
+      if (late)
+        std::swap(now, before);
+      else if (setup.keep)
+        gradient(now, 0, setup.chunks);
     }
+    if (before.row >= 0) gradient(before, 0, setup.chunks);
   }
 
   // ---- a few wide rows, cut into parts
@@ -457,31 +493,13 @@ struct Kd {
     }
   }
 
-  // ---- the backward pass
-  static void scale(Dtype dtype, const void* gradient, void* out, int64_t classes, double factor,
-                    const void* row_factor, int64_t begin, int64_t end) {
-    const Matrix matrix{gradient, classes, dtype};
-    Buffers buffers;
-    for (int64_t row = begin; row < end; ++row) {
-      const A by = A(row_factor ? factor * double(static_cast<const A*>(row_factor)[row]) : factor);
-      for (int64_t from = 0; from < classes; from += kChunk) {
-        const int64_t n = std::min(kChunk, classes - from);
-        const A* g = read_row<A>(matrix, row, from, n, buffers.student);
-        char* to = static_cast<char*>(out) + (row * classes + from) * size_of(dtype);
-        A* product = dtype == dtype_of<A>() ? reinterpret_cast<A*>(to) : buffers.out;
-        for (int64_t i = 0; i < n; ++i) product[i] = g[i] * by;
-        if (product == buffers.out) write_as(product, to, dtype, n);
-      }
-    }
-  }
-
   static KdKernels kernels() {
     return {&totals,
             &rows,
             &workspace_bytes,
             &part_statistics,
             &part_gradients,
-            &scale,
+            &scale_gradient<A>,
             &Divergences<V, Exponential>::rows,
             &TopKRows<V, Exponential>::rows};
   }

@@ -46,6 +46,8 @@ namespace fastscarce::cpu::avx512 {
 #include "convert.inl"
 #include "kd_label.inl"
 #include "kd_lanes.inl"
+#include "kd_scale.inl"
+#include "pending.inl"
 #include "kd_loss.inl"
 #include "divergence.inl"
 #include "divergence_lanes.inl"

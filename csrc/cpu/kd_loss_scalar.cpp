@@ -28,6 +28,8 @@ namespace fastscarce::cpu::scalar {
 #include "vec_scalar.inl"
 #include "convert.inl"
 #include "kd_label.inl"
+#include "kd_scale.inl"
+#include "pending.inl"
 #include "kd_loss.inl"
 #include "divergence.inl"
 #include "kd_topk.inl"

@@ -2,8 +2,7 @@
 //
 // The student's row goes through the chunks of kd_loss.inl; of the teacher only the k classes are
 // read, and only there the gradient differs from a multiple of the softmax. DRAM sees the student
-// once, k classes of the teacher, and the gradient once. Where the gradient is written past the
-// caches, a chunk of it is finished in L1 first.
+// once, k classes of the teacher, and the gradient once.
 //
 // `tail` asks for the student's sum over the other classes. It is made without the k (-inf in a
 // copy of the chunk), not as a difference; the k then are a chunk of their own.
@@ -23,6 +22,18 @@ struct TopKRows {
   // times the teacher's share; shift: y; logit: the student's.
   struct Named {
     int32_t* index;
+    // Places of the k grouped by the chunk their class lies in: chunk c's are order[begin[c]] up to
+    // order[begin[c + 1]]. A row of one chunk has no groups.
+    int32_t *order, *begin;
+
+    // of(place) for those of chunk c, of `chunks`.
+    template <class Of>
+    void each(int64_t c, int64_t chunks, Of of) const {
+      if (chunks == 1)
+        for (int64_t i = 0; i < count; ++i) of(i);
+      else
+        for (int64_t j = begin[c]; j < begin[c + 1]; ++j) of(order[j]);
+    }
     A *delta, *shift, *logit;
     int64_t count;
     A *kept, *kept_label, *gradient;  // tail and support: the k as a chunk of their own
@@ -34,12 +45,12 @@ struct TopKRows {
                            A* shift, A* v, TeacherRow<A>& out) {
     const int64_t k = teacher.k, padded = (k + L - 1) / L * L, others = call.classes - k;
     const int32_t* const from = teacher.indices + row * k;
-    bool inside = true;
+    uint32_t largest_index = 0;
     for (int64_t i = 0; i < k; ++i) {
-      inside &= uint64_t(from[i]) < uint64_t(call.classes);
+      largest_index = std::max(largest_index, uint32_t(from[i]));
       index[i] = from[i];
     }
-    if (!inside) return false;
+    if (largest_index >= uint64_t(call.classes)) return false;
     const char* const at = static_cast<const char*>(teacher.log_probs.data) +
                            row * teacher.log_probs.row_stride * size_of(teacher.log_probs.dtype);
     read_as(at, teacher.log_probs.dtype, shift, k);
@@ -92,6 +103,16 @@ struct TopKRows {
     return true;
   }
 
+  static void group(const Setup& setup, Named& named) {
+    if (setup.chunks == 1) return;
+    std::fill_n(named.begin, setup.chunks + 1, 0);
+    const uint32_t chunk = uint32_t(setup.chunk);
+    for (int64_t i = 0; i < named.count; ++i) ++named.begin[uint32_t(named.index[i]) / chunk];
+    for (int64_t c = 1; c <= setup.chunks; ++c) named.begin[c] += named.begin[c - 1];
+    for (int64_t i = 0; i < named.count; ++i)
+      named.order[--named.begin[uint32_t(named.index[i]) / chunk]] = int32_t(i);
+  }
+
   using StatisticsFunction = typename Body::StatisticsFunction;
   using GradientFunction = typename Body::GradientFunction;
   template <class F>
@@ -130,7 +151,11 @@ struct TopKRows {
   static void gather(const KdCall& call, int64_t row, const Named& named, A no_share) {
     if (call.student.dtype == dtype_of<A>()) {
       const A* const s = static_cast<const A*>(call.student.data) + row * call.student.row_stride;
-      for (int64_t i = 0; i < named.count; ++i) named.logit[i] = s[named.index[i]];
+      // A vector at a time: numbers that are stored one by one and then loaded as a vector would
+      // wait until every store before them, the streamed lines among them, has retired.
+      int64_t i = 0;
+      for (; i + L <= named.count; i += L) V::gather(s, named.index + i).store(named.logit + i);
+      for (; i < named.count; ++i) named.logit[i] = s[named.index[i]];
     } else {
       for (int64_t i = 0; i < named.count; ++i)
         read_row<A>(call.student, row, named.index[i], 1, named.logit + i);
@@ -187,20 +212,21 @@ struct TopKRows {
   }
 
   // ---- `tail`: statistics of the row without the k, then of the k
+  template <class Between>
   static void bucket_statistics(const Setup& setup, StatisticsFunction function, int64_t row,
                                 const Named& named, const typename Body::Kept& kept,
-                                typename Body::Buffers& buffers, Statistics& of_k) {
+                                typename Body::Buffers& buffers, Statistics& of_k,
+                                Between between) {
     const KdCall& call = setup.call;
     for (int64_t c = 0; c < setup.chunks; ++c) {
+      between(c);
       const int64_t from = c * setup.chunk, n = std::min(setup.chunk, call.classes - from);
       const A* const s = read_row<A>(call.student, row, from, n, buffers.student);
       std::copy_n(s, n, buffers.teacher);
-      for (int64_t i = 0; i < named.count; ++i) {
-        const int64_t at = named.index[i] - from;
-        if (at >= 0 && at < n) buffers.teacher[at] = A(-INFINITY);
-      }
+      named.each(c, setup.chunks,
+                 [&](int64_t i) { buffers.teacher[named.index[i] - from] = A(-INFINITY); });
       kept.statistics[c] = function(setup, buffers.teacher, nullptr, n, kept.student + from,
-                                    nullptr, kept.label + from);
+                                    nullptr, kept.label + from, buffers.pending);
       if (setup.smoothing || setup.dense) {
         const A* const y =
             setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
@@ -208,23 +234,89 @@ struct TopKRows {
       }
     }
     gather(call, row, named, A(0));
-    of_k =
-        function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label);
+    of_k = function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label,
+                    buffers.pending);
     of_k.count = A(0);  // the sums over logits have them already
   }
 
+  // What the gradient of a row is made of.
+  struct Row {
+    int64_t row = -1;
+    Label label;
+    Coefficients c;
+    Statistics whole, rest;
+    typename Body::Kept kept;
+    Named named;
+  };
+
+  // The gradient of chunks: a multiple of the softmax, then what differs at the k, then the label.
   template <int Policy>
-  static void one(const Setup& setup, const Setup& distilling, StatisticsFunction statistics_of,
-                  GradientFunction gradient_of, int64_t row, const typename Body::Kept& kept,
-                  typename Body::Buffers& buffers, Named& named) {
+  static void gradients(const Setup& setup, GradientFunction gradient_of, const Row& of,
+                        int64_t first, int64_t last, typename Body::Buffers& buffers, bool late) {
+    constexpr bool bucket = Policy == kTailBucket, support = Policy == kTailSupport;
+    const KdCall& call = setup.call;
+    const Named& named = of.named;
+    const Dtype dtype = call.student.dtype;
+    char* const gradient =
+        static_cast<char*>(call.gradient) + of.row * call.classes * size_of(dtype);
+    const bool direct = dtype == dtype_of<A>() && !call.stream, sweep = !support || setup.label;
+    const bool shifted = sweep && (bucket || setup.chunks > 1);
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t from = part * setup.chunk, n = std::min(setup.chunk, call.classes - from);
+      A* const place = reinterpret_cast<A*>(gradient) + from;
+      if (late) buffers.pending.rest();
+      A* const out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
+      if (sweep) {
+        const Coefficients c = shifted ? Body::for_chunk(setup, of.c, bucket ? of.rest : of.whole,
+                                                         of.kept.statistics[part])
+                                       : of.c;
+        gradient_of(c, of.kept.student + from, nullptr, of.kept.label + from, n, out, false);
+      } else {
+        std::fill_n(out, n, A(0));
+      }
+      named.each(part, setup.chunks, [&](int64_t i) {
+        A& at = out[named.index[i] - from];
+        if constexpr (bucket)
+          at = named.gradient[i] - named.delta[i];
+        else if constexpr (support)
+          at += named.gradient[i] - named.delta[i];
+        else
+          at -= named.delta[i];
+      });
+      if (setup.dense) {
+        const A* const y = read_row<A>(call.soft, of.row, from, n, buffers.teacher);
+        for (int64_t i = 0; i < n; ++i) out[i] -= of.c.hard * y[i];
+      } else if (setup.label) {
+        const int64_t one = of.label.first - from, other = of.label.second - from;
+        if (of.label.first >= 0 && one >= 0 && one < n)
+          out[one] -= of.c.hard * A(of.label.first_share);
+        if (of.label.second >= 0 && other >= 0 && other < n)
+          out[other] -= of.c.hard * A(of.label.second_share);
+      }
+      if (late)
+        buffers.pending.give(out, place, n);
+      else if (!direct)
+        put<V>(out, gradient + from * size_of(dtype), dtype, n, call.stream);
+    }
+  }
+
+  // Loss of a row, and what its gradient is made of; false where the row is left out.
+  // between(k): before the statistics of each chunk.
+  template <int Policy, class Between>
+  static bool loss(const Setup& setup, const Setup& distilling, StatisticsFunction statistics_of,
+                   GradientFunction gradient_of, int64_t row, Row& now,
+                   typename Body::Buffers& buffers, Between between) {
     const KdCall& call = setup.call;
     const KdCall& whole_call = distilling.call;
     constexpr bool bucket = Policy == kTailBucket, support = Policy == kTailSupport;
-    const Label label = label_of(call, row);
+    const typename Body::Kept& kept = now.kept;
+    Named& named = now.named;
+    now.row = row;
+    const Label label = now.label = label_of(call, row);
     const KdWeights<A> w = Body::weights_of(whole_call, label, row);
     if (label.outside || !Body::counts(distilling, w)) {
       Body::leave_out(call, row, label.outside);
-      return;
+      return false;
     }
     const A rate = distilling.inverse_temperature;
     const bool mixture = call.mix != nullptr;
@@ -232,26 +324,34 @@ struct TopKRows {
     A mass;
     if (!read_teachers(whole_call, row, distilling.student_exp, rate, named, teacher, mass)) {
       Body::leave_out(call, row, true);
-      return;
+      return false;
     }
+
+    group(setup, named);
 
     // The student, and the label term by kd_finish (its own distillation term has no teacher).
     KdWeights<A> label_only = w;
     label_only.kd_loss = label_only.kd_gradient = A(0);
-    Statistics whole = kd_empty(A(0)), of_k = whole, rest = whole;
-    Coefficients c = {};
+    Statistics &whole = now.whole, &rest = now.rest, of_k = kd_empty(A(0));
+    Coefficients& c = now.c;
+    whole = rest = of_k, c = {};
     const bool sweep = !support || setup.label;
     if constexpr (bucket) {
-      bucket_statistics(setup, statistics_of, row, named, kept, buffers, of_k);
+      bucket_statistics(setup, statistics_of, row, named, kept, buffers, of_k, between);
       rest = kept.statistics[0];
       for (int64_t i = 1; i < setup.chunks; ++i) rest = kd_merge(rest, kept.statistics[i], rate);
       whole = kd_merge(rest, of_k, rate);
       c = Body::coefficients(setup, row, label, label_only, whole);
     } else if (sweep) {
-      Body::statistics(setup, statistics_of, row, 0, setup.chunks, kept, buffers);
+      for (int64_t k = 0; k < setup.chunks; ++k) {
+        between(k);
+        Body::statistics(setup, statistics_of, row, k, k + 1, kept, buffers);
+      }
       c = Body::finish(setup, row, label, label_only, kept, whole);
     }
 
+    if (!sweep)
+      for (int64_t k = 0; k < setup.chunks; ++k) between(k);
     if constexpr (!bucket) gather(call, row, named, mixture ? A(0) : -teacher.each);
 
     // The distillation term.
@@ -280,9 +380,8 @@ struct TopKRows {
     const bool taught = !(teacher.confidence < A(call.threshold));
     if (!taught) term = no_term(A(0));
     static_cast<A*>(call.losses)[row] = c.loss + (w.kd_loss == A(0) ? A(0) : w.kd_loss * term.loss);
-    if (!setup.keep) return;
+    if (!setup.keep) return true;
 
-    // Gradient: chunks, then what differs at the k, then the label.
     const A by = w.kd_gradient;
     const bool pulls = taught && term.chosen != A(0);
     c.student = by * term.others;
@@ -298,47 +397,11 @@ struct TopKRows {
       for (int64_t i = 0; i < named.count; ++i)
         named.gradient[i] = by * term.chosen * named.kept[i];
     }
-    const Dtype dtype = call.student.dtype;
-    char* const gradient = static_cast<char*>(call.gradient) + row * call.classes * size_of(dtype);
-    const bool direct = dtype == dtype_of<A>() && !call.stream;
     // In place of the shares: what the gradient loses.
     const V scale(pulls ? by : A(0));
     for (int64_t i = 0; i < named.count; i += L)
       (V::load(named.delta + i) * scale).store(named.delta + i);
-    for (int64_t part = 0; part < setup.chunks; ++part) {
-      const int64_t from = part * setup.chunk, n = std::min(setup.chunk, call.classes - from);
-      A* const out = direct ? reinterpret_cast<A*>(gradient) + from : buffers.out;
-      if (sweep) {
-        const bool shifted = bucket || setup.chunks > 1;
-        const Coefficients of =
-            shifted ? Body::for_chunk(setup, c, bucket ? rest : whole, kept.statistics[part]) : c;
-        gradient_of(of, kept.student + from, nullptr, kept.label + from, n, out, false);
-      } else {
-        std::fill_n(out, n, A(0));
-      }
-      for (int64_t i = 0; i < named.count; ++i) {
-        const int64_t at = named.index[i] - from;
-        if (at < 0 || at >= n) continue;
-        const A delta = named.delta[i];
-        if constexpr (bucket)
-          out[at] = named.gradient[i] - delta;
-        else if constexpr (support)
-          out[at] += named.gradient[i] - delta;
-        else
-          out[at] -= delta;
-      }
-      if (setup.dense) {
-        const A* const y = read_row<A>(call.soft, row, from, n, buffers.teacher);
-        for (int64_t i = 0; i < n; ++i) out[i] -= c.hard * y[i];
-      } else if (setup.label) {
-        const int64_t first = label.first - from, second = label.second - from;
-        if (label.first >= 0 && first >= 0 && first < n)
-          out[first] -= c.hard * A(label.first_share);
-        if (label.second >= 0 && second >= 0 && second < n)
-          out[second] -= c.hard * A(label.second_share);
-      }
-      if (!direct) Body::put(out, gradient + from * size_of(dtype), dtype, n, call.stream);
-    }
+    return true;
   }
 
   template <int Policy>
@@ -350,24 +413,46 @@ struct TopKRows {
     Setup setup(sweep_call);
     if (setup.power > 4) setup.power = kOwnExponential;
     const int64_t most = (call.named[0].k + L - 1) / L * L + (call.named[1].k + L - 1) / L * L;
-    const int64_t row_size = (Body::place_size(setup) + 15) / 16 * 16;
-    A* const memory = Body::scratch(row_size + 7 * (most + 16));
-    const typename Body::Kept kept = Body::place(setup, memory);
-    A* const at = memory + row_size;
-    const int64_t step = most + 16;
-    Named named;
-    named.delta = at;
-    named.logit = at + step;
-    named.kept = at + 2 * step;
-    named.kept_label = at + 3 * step;
-    named.gradient = at + 4 * step;
-    named.shift = at + 5 * step;
-    named.index = reinterpret_cast<int32_t*>(at + 6 * step);
+    const bool late = Body::leaves_late(setup);
+    const int64_t exps = (Body::place_size(setup) + 15) / 16 * 16, step = most + 16;
+    // The groups' begins are integers no larger than an A.
+    const int64_t size = exps + 8 * step + (setup.chunks + 1 + 15) / 16 * 16;
+    A* const memory = Body::scratch((1 + late) * size);
+    Row now, before;
+    const auto lay = [&](Row& row, A* from) {
+      row.kept = Body::place(setup, from);
+      A* const at = from + exps;
+      Named& named = row.named;
+      named.delta = at;
+      named.logit = at + step;
+      named.kept = at + 2 * step;
+      named.kept_label = at + 3 * step;
+      named.gradient = at + 4 * step;
+      named.shift = at + 5 * step;
+      named.index = reinterpret_cast<int32_t*>(at + 6 * step);
+      named.order = reinterpret_cast<int32_t*>(at + 7 * step);
+      named.begin = reinterpret_cast<int32_t*>(at + 8 * step);
+    };
+    lay(now, memory);
+    lay(before, memory + late * size);
     const auto statistics_of = statistics_function<Policy == kTailUniform>(setup);
     const auto gradient_of = gradient_function(setup);
     typename Body::Buffers buffers;
-    for (int64_t row = begin; row < end; ++row)
-      one<Policy>(setup, distilling, statistics_of, gradient_of, row, kept, buffers, named);
+    const auto gradient = [&](const Row& of, int64_t first, int64_t last) {
+      gradients<Policy>(setup, gradient_of, of, first, last, buffers, late);
+    };
+    for (int64_t row = begin; row < end; ++row) {
+      const bool counts = loss<Policy>(setup, distilling, statistics_of, gradient_of, row, now,
+                                       buffers, [&](int64_t k) {
+                                         if (before.row >= 0) gradient(before, k, k + 1);
+                                       });
+      if (!counts) continue;
+      if (late)
+        std::swap(now, before);
+      else if (setup.keep)
+        gradient(now, 0, setup.chunks);
+    }
+    if (before.row >= 0) gradient(before, 0, setup.chunks);
   }
 
   static void rows(const KdCall& call, int64_t begin, int64_t end) {

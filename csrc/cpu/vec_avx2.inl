@@ -10,6 +10,10 @@ struct Vec {
   explicit Vec(float value) : v(_mm256_set1_ps(value)) {}
 
   static Vec load(const float* from) { return _mm256_loadu_ps(from); }
+  static Vec gather(const float* from, const int32_t* index) {
+    return _mm256_i32gather_ps(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)),
+                               4);
+  }
   // The first n < lanes numbers, then `fill`.
   static Vec load_part(const float* from, int64_t n, float fill) {
     const __m256i mask = first(n);

@@ -11,6 +11,9 @@ struct Vec {
   explicit Vec(float value) : v(_mm512_set1_ps(value)) {}
 
   static Vec load(const float* from) { return _mm512_loadu_ps(from); }
+  static Vec gather(const float* from, const int32_t* index) {
+    return _mm512_i32gather_ps(_mm512_loadu_si512(index), from, 4);
+  }
   // The first n < lanes numbers, then `fill`.
   static Vec load_part(const float* from, int64_t n, float fill) {
     return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), from);

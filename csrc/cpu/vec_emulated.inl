@@ -12,6 +12,9 @@ struct Vec {
   explicit Vec(float value) : low(value), high(value) {}
 
   static Vec load(const float* from) { return {Half::load(from), Half::load(from + 8)}; }
+  static Vec gather(const float* from, const int32_t* index) {
+    return {Half::gather(from, index), Half::gather(from, index + 8)};
+  }
   static Vec load_part(const float* from, int64_t n, float fill) {
     if (n < 8) return {Half::load_part(from, n, fill), Half(fill)};
     return {Half::load(from), Half::load_part(from + 8, n - 8, fill)};

@@ -11,6 +11,7 @@ struct Lane {
   explicit Lane(A value) : v(value) {}
 
   static Lane load(const A* from) { return Lane(*from); }
+  static Lane gather(const A* from, const int32_t* index) { return Lane(from[*index]); }
   static Lane load_part(const A*, int64_t, A fill) { return Lane(fill); }
   void store(A* to) const { *to = v; }
   void store_part(A*, int64_t) const {}

@@ -1,11 +1,12 @@
 // Augmentation on a GPU: csrc/cpu/augment.h says of what.
 //
-// Two kernels. The first renders: a block a row carries out tables, warp, sharpening and what
-// crosses channels, one after the other over scratch memory that stays in L2; statistics are
-// integer sums in shared memory, so their order does not matter. A row without operations is not
-// touched. The second, a thread a pixel, mixes each row's rendering with its partner's, normalises,
-// casts and stores: each result is written once. Arithmetic is csrc/math/augment.h's, rounding for
-// rounding. No host synchronisation: a row whose index or plan can't be carried out is black.
+// Two kernels. The first prepares a program for each row, a block a row: augment_program.cuh. The
+// second stores, a block a tile of one row, so that its branches are the same for all its threads:
+// it takes the row's program, and the partner's where the tile has pixels of it, into shared
+// memory, evaluates each pixel from the source to its level in registers, and writes the tile out
+// normalised and cast, sixteen bytes at a time where they are aligned. Arithmetic is
+// csrc/math/augment.h's, rounding for rounding. Launches and memory depend on shapes alone, and the
+// host waits for nothing: a row whose index or plan can't be carried out is black.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,343 +26,185 @@ namespace fastscarce::cuda {
 namespace {
 
 #include "../math/augment.h"
+#include "augment_program.cuh"
 
-constexpr int kRenderThreads = 512;
+constexpr int kPrepareThreads = 512;
 constexpr int kStoreThreads = 256;
+constexpr int kTile = 1024;           // pixels of a block
 constexpr int64_t kMostRows = 65535;  // blocks in the second dimension of a grid
 
 struct Call {
-  int64_t rows, sources, bytes;  // bytes: of an image
-  int height, width;
+  int64_t rows, sources;
+  Size size;
   const uint8_t* images;
   const int64_t* index;
   const PlanRow* plan;
-  uint8_t* scratch;          // (rows, 2, bytes)
-  const uint8_t** rendered;  // (rows,): where the row's levels are; null: black
+  uint8_t* scratch;   // (rows, 2) images
+  Program* programs;  // (rows,)
   void* out;
-  int64_t pixels;
   bool channels_last, fast;
   float scale[3], shift[3];
 };
 
-// What the threads of a block share of the row that they render.
-struct Shared {
-  uint8_t table[3][kLevels], next[3][kLevels];
-  unsigned counts[3][kLevels];
-  unsigned long long sums[3];
-};
+// All threads of the block take part.
+template <class T>
+__device__ inline void copy(T* to, const T* from) {
+  static_assert(sizeof(T) % 8 == 0 && alignof(T) >= 8, "whole words");
+  for (unsigned i = threadIdx.x; i < sizeof(T) / 8; i += blockDim.x)
+    reinterpret_cast<uint64_t*>(to)[i] = reinterpret_cast<const uint64_t*>(from)[i];
+}
+__device__ inline void copy_tables(Program& to, const Program& from, const Header& header) {
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (header.kind[slot] != Kind::table) continue;
+    const auto* const words = reinterpret_cast<const uint32_t*>(from.table[slot]);
+    for (unsigned i = threadIdx.x; i < 3 * kLevels / 4; i += blockDim.x)
+      reinterpret_cast<uint32_t*>(to.table[slot])[i] = words[i];
+  }
+}
 
 template <int C>
-class Renderer {
- public:
-  __device__ Renderer(const Call& call, Shared& shared, const PlanRow& plan, int64_t row,
-                      const uint8_t* source)
-      : call_(call), shared_(shared), plan_(plan), current_(source) {
-    spare_ = call.scratch + 2 * row * call.bytes;
-    other_ = spare_ + call.bytes;
-  }
-
-  __device__ const uint8_t* run() {
-    const bool warps = !is_identity(plan_.matrix);
-    for (int slot = 0; slot <= kSlots; ++slot) {
-      if (warps && slot == plan_.warp_at) warp();
-      if (slot < kSlots && !(call_.fast && fold(slot, warps))) operate(slot);
-    }
-    flush();
-    erase();
-    return current_;
-  }
-
- private:
-  __device__ int64_t area() const { return int64_t(call_.height) * call_.width; }
-  __device__ void turn() {
-    __syncthreads();
-    current_ = spare_;
-    uint8_t* const free = other_;
-    other_ = spare_;
-    spare_ = free;
-  }
-  template <class Of>
-  __device__ void over_bytes(Of of) const {
-    for (int64_t i = threadIdx.x; i < call_.bytes; i += kRenderThreads) of(i);
-  }
-  template <class Of>
-  __device__ void over_pixels(Of of) const {
-    for (int64_t i = threadIdx.x; i < area(); i += kRenderThreads) of(i);
-  }
-  template <class Of>
-  __device__ void over_levels(Of of) const {
-    for (int i = int(threadIdx.x); i < C * kLevels; i += kRenderThreads)
-      of(i / kLevels, i % kLevels);
-    __syncthreads();
-  }
-  __device__ Pixel pixel(int64_t i) const {
-    const uint8_t* const at = current_ + C * i;
-    return {float(at[0]), C == 3 ? float(at[1]) : 0.0f, C == 3 ? float(at[2]) : 0.0f};
-  }
-  __device__ void put_pixel(int64_t i, Pixel p) {
-    uint8_t* const to = spare_ + C * i;
-    to[0] = level(p.red);
-    if (C == 3) to[1] = level(p.green), to[2] = level(p.blue);
-  }
-
-  __device__ void flush() {
-    if (!pending_) return;
-    over_bytes([&](int64_t i) { spare_[i] = shared_.table[i % C][current_[i]]; });
-    pending_ = false;
-    turn();
-  }
-
-  // `next` becomes part of what is pending.
-  __device__ void append() {
-    if (pending_) {
-      over_levels(
-          [&](int c, int v) { shared_.counts[c][v] = shared_.next[c][shared_.table[c][v]]; });
-      over_levels([&](int c, int v) { shared_.table[c][v] = uint8_t(shared_.counts[c][v]); });
-    } else {
-      over_levels([&](int c, int v) { shared_.table[c][v] = shared_.next[c][v]; });
-    }
-    pending_ = true;
-  }
-
-  __device__ void count_levels() {
-    over_levels([&](int c, int v) { shared_.counts[c][v] = 0; });
-    over_bytes([&](int64_t i) { atomicAdd(&shared_.counts[i % C][current_[i]], 1u); });
-    __syncthreads();
-  }
-
-  template <class Of>
-  __device__ void sum_pixels(int sums, Of of) {
-    if (threadIdx.x < 3) shared_.sums[threadIdx.x] = 0;
-    __syncthreads();
-    unsigned long long own[3] = {0, 0, 0};
-    over_pixels([&](int64_t i) { of(i, own); });
-    for (int k = 0; k < sums; ++k) atomicAdd(&shared_.sums[k], own[k]);
-    __syncthreads();
-  }
-
-  __device__ void operate(int slot) {
-    const uint8_t operation = plan_.operation[slot];
-    const float argument = plan_.argument[slot], rest = plan_.rest[slot];
-    if (operation == kContrast) {
-      flush();
-      sum_pixels(1, [&](int64_t i, unsigned long long* sums) {
-        const Pixel p = pixel(i);
-        sums[0] += (unsigned long long)(C == 1 ? p.red : luma(p.red, p.green, p.blue));
-      });
-      const float mean = float(double(shared_.sums[0]) / double(area()));
-      over_levels(
-          [&](int c, int v) { shared_.next[c][v] = contrast_level(v, mean, argument, rest); });
-      append();
-    } else if (operation == kAutocontrast || operation == kEqualize) {
-      flush();
-      count_levels();
-      if (operation == kAutocontrast)
-        stretch();
-      else
-        equalize();
-      __syncthreads();
-      append();
-    } else if (is_table(operation)) {
-      over_levels([&](int c, int v) { shared_.next[c][v] = plain_level(operation, argument, v); });
-      append();
-    } else if (operation == kSharpness) {
-      if (call_.height < 3 || call_.width < 3) return;
-      flush();
-      sharpen(rest);
-    } else if (C == 3 && (operation == kColor || operation == kHue)) {
-      flush();
-      over_pixels([&](int64_t i) {
-        const Pixel p = pixel(i);
-        put_pixel(i, operation == kColor ? saturated(p, argument, rest) : hue_turned(p, argument));
-      });
-      turn();
-    }
-  }
-
-  // A thread a channel: 256 steps, once a row.
-  __device__ void stretch() {
-    const int c = int(threadIdx.x);
-    if (c >= C) return;
-    int low = 0, high = kLevels - 1;
-    while (low < kLevels - 1 && shared_.counts[c][low] == 0) ++low;
-    while (high > 0 && shared_.counts[c][high] == 0) --high;
-    for (int v = 0; v < kLevels; ++v)
-      shared_.next[c][v] = v < low ? uint8_t(0) : autocontrast_level(v, low, high);
-  }
-  __device__ void equalize() {
-    const int c = int(threadIdx.x);
-    if (c >= C) return;
-    int highest = kLevels - 1;
-    while (highest > 0 && shared_.counts[c][highest] == 0) --highest;
-    int64_t below = 0;
-    for (int v = 0; v < kLevels; ++v) {
-      shared_.next[c][v] = equalize_level(v, below, area(), shared_.counts[c][highest]);
-      below += shared_.counts[c][v];
-    }
-  }
-
-  __device__ void sharpen(float rest) {
-    const int pitch = call_.width * C;
-    over_bytes([&](int64_t i) {
-      const int line = int(i / pitch), at = int(i % pitch);
-      const int middle = current_[i];
-      if (line == 0 || line == call_.height - 1 || at < C || at >= pitch - C) {
-        spare_[i] = uint8_t(middle);
-        return;
-      }
-      int sum = 4 * middle;
-      for (int down = -pitch; down <= pitch; down += pitch)
-        for (int across = -C; across <= C; across += C) sum += current_[i + down + across];
-      spare_[i] = sharp_level(middle, sum, rest);
-    });
-    turn();
-  }
-
-  __device__ bool fold(int& slot, bool warps) {
-    int last = slot, found = 0;
-    for (int at = slot; at < kSlots && !(warps && at == plan_.warp_at && at > slot); ++at) {
-      if (is_linear(plan_.operation[at]))
-        last = at, ++found;
-      else if (!is_neutral(plan_.operation[at]))
-        break;
-    }
-    if (found < 2) return false;
-    flush();
-    sum_pixels(3, [&](int64_t i, unsigned long long* sums) {
-      for (int c = 0; c < C; ++c) sums[c] += current_[C * i + c];
-    });
-    Pixel mean = {float(double(shared_.sums[0]) / double(area())),
-                  float(double(shared_.sums[1]) / double(area())),
-                  float(double(shared_.sums[2]) / double(area()))};
-    ColourMatrix matrix = {{{1, 0, 0}, {0, 1, 0}, {0, 0, 1}}, {0, 0, 0}};
-    for (int at = slot; at <= last; ++at)
-      if (is_linear(plan_.operation[at]))
-        add_operation(matrix, plan_.operation[at], plan_.argument[at], plan_.rest[at], C, mean);
-    slot = last;
-    over_pixels([&](int64_t i) {
-      const Pixel p = transformed(matrix, pixel(i));
-      put_pixel(i, {plus(p.red, 0.5f), plus(p.green, 0.5f), plus(p.blue, 0.5f)});
-    });
-    turn();
-    return true;
-  }
-
-  __device__ void warp() {
-    flush();
-    const Axis across = axis_of(plan_.matrix, call_.width);
-    const Axis down = axis_of(plan_.matrix + 3, call_.height);
-    const float right = across.side - 1.0f, bottom = down.side - 1.0f;
-    over_pixels([&](int64_t i) {
-      const float x_out = float(int(i % call_.width)) - 0.5f * right;
-      const float y_out = float(int(i / call_.width)) - 0.5f * bottom;
-      float x = coordinate(across, x_out, y_out), y = coordinate(down, x_out, y_out);
-      if (plan_.border == kReflect) {
-        x = reflected(x, across.side);
-        y = reflected(y, down.side);
-      }
-      uint8_t* const to = spare_ + C * i;
-      if (plan_.sampling == kBilinear) {
-        fetch_bilinear<C>(current_, call_.width, call_.height, plan_, x, y, to);
-        return;
-      }
-      x = whole(x);
-      y = whole(y);
-      const bool inside = x >= 0.0f && x <= right && y >= 0.0f && y <= bottom;
-      const uint8_t* const from =
-          inside ? current_ + (int64_t(y) * call_.width + int64_t(x)) * C : plan_.fill;
-      for (int c = 0; c < C; ++c) to[c] = from[c];
-    });
-    turn();
-  }
-
-  __device__ void erase() {
-    const int16_t* const box = plan_.erase;
-    if (box[2] <= box[0] || box[3] <= box[1]) return;
-    over_bytes([&](int64_t i) {
-      const int y = int(i / C / call_.width), x = int(i / C % call_.width);
-      const bool inside = y >= box[0] && y < box[2] && x >= box[1] && x < box[3];
-      spare_[i] = inside ? plan_.erase_fill[i % C] : current_[i];
-    });
-    turn();
-  }
-
-  const Call& call_;
-  Shared& shared_;
-  const PlanRow& plan_;
-  const uint8_t* current_;
-  uint8_t *spare_, *other_;
-  bool pending_ = false;
-};
-
-template <int C>
-__global__ void __launch_bounds__(kRenderThreads) augment_render_kernel(const Call call) {
-  __shared__ Shared shared;
-  __shared__ PlanRow plan;
+__global__ void __launch_bounds__(kPrepareThreads) augment_prepare_kernel(const Call call) {
+  __shared__ Prepared shared;
+  const int64_t bytes = call.size.area() * C;
   for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
     __syncthreads();
-    if (threadIdx.x == 0) plan = call.plan[row];
+    copy(&shared.plan, call.plan + row);
     __syncthreads();
     const int64_t source = call.index ? call.index[row] : row;
-    const bool sound =
-        source >= 0 && source < call.sources && is_sound(plan, call.rows, call.height, call.width);
-    const uint8_t* result = nullptr;
+    const bool sound = source >= 0 && source < call.sources &&
+                       is_sound(shared.plan, call.rows, call.size.height, call.size.width);
+    if (threadIdx.x == 0)
+      shared.program.header.image = sound ? call.images + source * bytes : nullptr;
+    __syncthreads();
     if (sound) {
-      Renderer<C> renderer(call, shared, plan, row, call.images + source * call.bytes);
-      result = renderer.run();
+      uint8_t* const scratch = call.scratch + 2 * row * bytes;
+      Preparation<C, kPrepareThreads>(shared, call.size, scratch).run(call.fast);
     }
-    if (threadIdx.x == 0) call.rendered[row] = result;
+    copy(&call.programs[row].header, &shared.program.header);
+    if (sound) copy_tables(call.programs[row], shared.program, shared.program.header);
+  }
+}
+
+// A tile of levels, interleaved, and the partner's where the two are blended.
+struct Tile {
+  alignas(16) uint8_t own[3 * kTile];
+  alignas(16) uint8_t other[3 * kTile];
+};
+
+template <int C>
+__device__ inline void fill_tile(const Program& program, const PlanRow& plan, Size size, int x,
+                                 int y, uint8_t* levels) {
+  const int16_t* const box = plan.erase;
+  if (!program.header.image) {
+    for (int c = 0; c < C; ++c) levels[c] = 0;
+  } else if (y >= box[0] && y < box[2] && x >= box[1] && x < box[3]) {
+    for (int c = 0; c < C; ++c) levels[c] = plan.erase_fill[c];
+  } else {
+    evaluate<C>(program, plan, size, kSlots, x, y, levels);
   }
 }
 
 template <class T>
-__device__ inline void put_number(void* out, int64_t at, float value) {
-  put(static_cast<T*>(out) + at, value);
+__device__ inline void put_level(T* to, float value, float scale, float shift) {
+  put(to, normalised(value, scale, shift));
+}
+__device__ inline void put_level(uint8_t* to, float value, float, float) {
+  *to = level(whole(value));
 }
 
-template <int C>
+// `count` numbers one after the other, sixteen bytes at a time where they are aligned: number i is
+// value(i), of channel(i).
+template <class T, class Value, class Channel>
+__device__ inline void store(const Call& call, T* to, int count, Value value, Channel channel) {
+  constexpr int kChunk = 16 / int(sizeof(T));
+  const auto put_one = [&](T* at, int i) {
+    const int c = channel(i);
+    put_level(at, value(i), call.scale[c], call.shift[c]);
+  };
+  const int chunks = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? count / kChunk : 0;
+  for (int chunk = int(threadIdx.x); chunk < chunks; chunk += kStoreThreads) {
+    alignas(16) T numbers[kChunk];
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) put_one(numbers + k, chunk * kChunk + k);
+    *reinterpret_cast<uint4*>(to + chunk * kChunk) = *reinterpret_cast<const uint4*>(numbers);
+  }
+  for (int i = chunks * kChunk + int(threadIdx.x); i < count; i += kStoreThreads)
+    put_one(to + i, i);
+}
+
+template <int C, class T>
 __global__ void __launch_bounds__(kStoreThreads) augment_store_kernel(const Call call) {
-  const int64_t area = int64_t(call.height) * call.width;
-  const int64_t i = int64_t(blockIdx.x) * kStoreThreads + threadIdx.x;
-  if (i >= area) return;
-  const int y = int(i / call.width), x = int(i % call.width);
+  __shared__ PlanRow plan, partner_plan;
+  __shared__ Program program, partner_program;
+  __shared__ Tile tile;
+  const int64_t area = call.size.area(), start = int64_t(blockIdx.x) * kTile;
+  const int width = call.size.width;
+  const int pixels = int(area - start < kTile ? area - start : kTile);
+  const int top = int(start / width), bottom = int((start + pixels - 1) / width);
   for (int64_t row = blockIdx.y; row < call.rows; row += gridDim.y) {
-    const PlanRow& plan = call.plan[row];
-    const uint8_t* own = call.rendered[row];
-    const uint8_t* partner = nullptr;
-    if (own && plan.mix != kAlone && plan.partner != row) partner = call.rendered[plan.partner];
-    if (partner && plan.mix == kCutMix) {
-      const int16_t* const box = plan.box;
-      if (y >= box[0] && y < box[2] && x >= box[1] && x < box[3]) own = partner;
-      partner = nullptr;
+    __syncthreads();
+    copy(&plan, call.plan + row);
+    copy(&program.header, &call.programs[row].header);
+    __syncthreads();
+    const bool sound = program.header.image != nullptr;
+    if (sound) copy_tables(program, call.programs[row], program.header);
+    const int16_t* const box = plan.box;
+    bool mixes = sound && plan.mix != kAlone && plan.partner != row;
+    if (mixes && plan.mix == kCutMix) mixes = bottom >= box[0] && top < box[2] && box[3] > box[1];
+    if (mixes) {
+      copy(&partner_plan, call.plan + plan.partner);
+      copy(&partner_program.header, &call.programs[plan.partner].header);
+      __syncthreads();
+      mixes = partner_program.header.image != nullptr;
+      if (mixes) copy_tables(partner_program, call.programs[plan.partner], partner_program.header);
     }
-    for (int c = 0; c < C; ++c) {
-      float value = own ? float(own[C * i + c]) : 0.0f;
-      if (partner) value = mixed(value, float(partner[C * i + c]), plan.lam);
-      const int64_t at = row * call.bytes + (call.channels_last ? C * i + c : c * area + i);
-      if (call.pixels == 3) {
-        static_cast<uint8_t*>(call.out)[at] = level(whole(value));
-        continue;
-      }
-      value = normalised(value, call.scale[c], call.shift[c]);
-      if (call.pixels == 0)
-        put_number<float>(call.out, at, value);
-      else if (call.pixels == 1)
-        put_number<__nv_bfloat16>(call.out, at, value);
+    __syncthreads();
+    const bool blends = mixes && plan.mix == kMixUp;
+    for (int i = int(threadIdx.x); i < pixels; i += kStoreThreads) {
+      const int y = int((start + i) / width), x = int((start + i) % width);
+      const bool pasted =
+          mixes && !blends && y >= box[0] && y < box[2] && x >= box[1] && x < box[3];
+      if (pasted)
+        fill_tile<C>(partner_program, partner_plan, call.size, x, y, tile.own + C * i);
       else
-        put_number<__half>(call.out, at, value);
+        fill_tile<C>(program, plan, call.size, x, y, tile.own + C * i);
+      if (blends) fill_tile<C>(partner_program, partner_plan, call.size, x, y, tile.other + C * i);
+    }
+    __syncthreads();
+    const auto value = [&](int at) {
+      const float own = float(tile.own[at]);
+      return blends ? mixed(own, float(tile.other[at]), plan.lam) : own;
+    };
+    T* const to = static_cast<T*>(call.out) + row * area * C;
+    if (call.channels_last) {
+      store(call, to + C * start, C * pixels, value, [](int i) { return i % C; });
+    } else {
+      for (int c = 0; c < C; ++c)
+        store(
+            call, to + c * area + start, pixels, [&](int i) { return value(C * i + c); },
+            [&](int) { return c; });
     }
   }
 }
 
-template <int C>
+template <int C, class T>
 void launch(const Call& call, cudaStream_t stream) {
-  launch_kernel("augment", augment_render_kernel<C>,
-                {unsigned(std::min<int64_t>(call.rows, 1 << 20)), kRenderThreads}, stream, call);
-  const int64_t area = int64_t(call.height) * call.width;
-  const dim3 grid(unsigned((area + kStoreThreads - 1) / kStoreThreads),
-                  unsigned(std::min(call.rows, kMostRows)));
-  launch_kernel("augment", augment_store_kernel<C>, {grid, kStoreThreads}, stream, call);
+  launch_kernel("augment", augment_prepare_kernel<C>,
+                {unsigned(std::min<int64_t>(call.rows, 1 << 20)), kPrepareThreads}, stream, call);
+  const int64_t area = int64_t(call.size.height) * call.size.width;
+  const dim3 grid(unsigned((area + kTile - 1) / kTile), unsigned(std::min(call.rows, kMostRows)));
+  launch_kernel("augment", augment_store_kernel<C, T>, {grid, kStoreThreads}, stream, call);
+}
+template <int C>
+void launch(const Call& call, int64_t pixels, cudaStream_t stream) {
+  if (pixels == 0)
+    launch<C, float>(call, stream);
+  else if (pixels == 1)
+    launch<C, __nv_bfloat16>(call, stream);
+  else if (pixels == 2)
+    launch<C, __half>(call, stream);
+  else
+    launch<C, uint8_t>(call, stream);
 }
 
 void run(const Tensor& images, const Tensor& plan, const std::optional<Tensor>& index,
@@ -372,19 +215,18 @@ void run(const Tensor& images, const Tensor& plan, const std::optional<Tensor>& 
   if (call.rows == 0) return;
   const DeviceGuard guard(images.get_device());
   call.sources = images.size(0);
-  call.height = int(images.size(1));
-  call.width = int(images.size(2));
+  call.size = {int(images.size(1)), int(images.size(2))};
   const int64_t channels = images.size(3);
-  call.bytes = channels * call.height * call.width;
+  const int64_t bytes = channels * images.size(1) * images.size(2);
   call.images = static_cast<const uint8_t*>(images.const_data_ptr());
   call.index = index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr;
   call.plan = static_cast<const PlanRow*>(plan.const_data_ptr());
-  Tensor scratch = torch::stable::new_empty(images, {call.rows, 2, call.bytes}, ScalarType::Byte);
-  Tensor places = torch::stable::new_empty(images, {call.rows}, ScalarType::Long);
+  Tensor scratch = torch::stable::new_empty(images, {call.rows, 2, bytes}, ScalarType::Byte);
+  Tensor programs =
+      torch::stable::new_empty(images, {call.rows, int64_t(sizeof(Program))}, ScalarType::Byte);
   call.scratch = static_cast<uint8_t*>(scratch.mutable_data_ptr());
-  call.rendered = static_cast<const uint8_t**>(places.mutable_data_ptr());
+  call.programs = reinterpret_cast<Program*>(programs.mutable_data_ptr());
   call.out = out.mutable_data_ptr();
-  call.pixels = pixels_of(out.scalar_type());
   call.channels_last = channels_last;
   call.fast = fast;
   for (int64_t c = 0; c < 3; ++c) {
@@ -393,10 +235,11 @@ void run(const Tensor& images, const Tensor& plan, const std::optional<Tensor>& 
     call.scale[c] = float(1.0 / (255.0 * deviation));
     call.shift[c] = float(-centre / deviation);
   }
+  const int64_t pixels = pixels_of(out.scalar_type());
   if (channels == 1)
-    launch<1>(call, stream_of(images));
+    launch<1>(call, pixels, stream_of(images));
   else
-    launch<3>(call, stream_of(images));
+    launch<3>(call, pixels, stream_of(images));
 }
 
 Tensor augment(Tensor images, Tensor plan, std::optional<Tensor> index, std::vector<double> mean,

@@ -290,33 +290,6 @@ FS_HD inline float interpolated(float a, float b, float share) {
   return fused(share, plus(b, -a), a);
 }
 
-// A pixel between four others, those outside taken from the border.
-template <int C>
-FS_HD inline void fetch_bilinear(const uint8_t* source, int width, int height, const PlanRow& row,
-                                 float x, float y, uint8_t* to) {
-  const float right = float(width - 1), bottom = float(height - 1);
-  const bool touches = (x > -1.0f) & (x < float(width)) & (y > -1.0f) & (y < float(height));
-  if (!touches) {
-    for (int k = 0; k < C; ++k) to[k] = row.fill[k];
-    return;
-  }
-  const float left = __builtin_floorf(x), top = __builtin_floorf(y);
-  const float across = plus(x, -left), down = plus(y, -top);
-  const auto tap = [&](float column, float line) {
-    if (row.border == kReflect)
-      column = between(column, 0.0f, right), line = between(line, 0.0f, bottom);
-    if (!(column >= 0.0f && column <= right && line >= 0.0f && line <= bottom)) return row.fill + 0;
-    return source + (int64_t(line) * width + int64_t(column)) * C;
-  };
-  const uint8_t *a = tap(left, top), *b = tap(left + 1.0f, top);
-  const uint8_t *c = tap(left, top + 1.0f), *d = tap(left + 1.0f, top + 1.0f);
-  for (int k = 0; k < C; ++k) {
-    const float upper = interpolated(float(a[k]), float(b[k]), across);
-    const float lower = interpolated(float(c[k]), float(d[k]), across);
-    to[k] = level(whole(interpolated(upper, lower, down)));
-  }
-}
-
 // ---- what is stored
 
 // scale: 1 / (255 std); shift: -mean / std.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastscarce.augment.apply import apply
 from fastscarce.augment.describe import describe
-from fastscarce.augment.draw import draw, neighbours
+from fastscarce.augment.draw import draw, draw_batches, neighbours
 from fastscarce.augment.plan import Plan, concatenate
 from fastscarce.augment.policy import POLICIES, Policy, get_policy
 from fastscarce.augment.single import plan_of
@@ -45,6 +45,7 @@ __all__ = [
     "concatenate",
     "describe",
     "draw",
+    "draw_batches",
     "get_policy",
     "neighbours",
     "plan_of",

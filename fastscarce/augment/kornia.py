@@ -1,7 +1,14 @@
 """Carries a plan out with Kornia's functional operations: readable, differentiable, any device.
 
 One operation after the other, each over the rows that have it; levels are whole after each, as in a
-chain of operations on uint8 images. It is what the fused kernel is tested against.
+chain of operations on uint8 images. It is what the fused kernel is tested against: to a level, but
+for what the two define differently:
+
+- After brightness, contrast, sharpness, color, hue and autocontrast levels are rounded here and cut
+  off there, as torchvision does: a level. A later operation makes more of it: contrast by 1.9 two
+  levels, equalize any number.
+- Here color goes towards the grey as it is, there towards whole levels of it: two levels.
+- Under nearest sampling a coordinate half-way between two pixels goes to either.
 """
 
 from __future__ import annotations

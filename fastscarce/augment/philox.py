@@ -12,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-__all__ = ["blocks", "keyed_order", "philox4x32", "uniform", "uniforms", "view_numbers", "words64"]
+__all__ = [
+    "NO_NUMBERS",
+    "blocks",
+    "keyed_order",
+    "philox4x32",
+    "uniform",
+    "uniforms",
+    "view_numbers",
+    "words64",
+]
 
 _MULTIPLIER_0 = np.uint64(0xD2511F53)
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
@@ -23,6 +32,9 @@ _HALF = np.uint64(32)
 _ROUNDS = 10
 
 Words = npt.NDArray[np.uint64]
+
+NO_NUMBERS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+"""Where a compiled function takes a number a row or none."""
 
 
 @njit(inline="always")
@@ -57,21 +69,25 @@ def _fill_blocks(seed, ids, views, first, count, out):  # type: ignore[no-untype
                 out[row, 4 * block + place] = words[place]
 
 
-def view_numbers(view: npt.ArrayLike, rows: int) -> Words:
-    """Checked view numbers, uint64 ``(rows,)``.
+def view_numbers(view: npt.ArrayLike | int, rows: int) -> tuple[np.uint64, npt.NDArray[np.int64]]:
+    """Checked view numbers: one for all rows, and none a row; or 0, and int64 ``(rows,)``.
 
     Raises:
         ValueError: A view is negative or above 2**32 - 1, or there is not one a row.
     """
+    if isinstance(view, int) and 0 <= view <= 0xFFFFFFFF:  # as almost always
+        return np.uint64(view), NO_NUMBERS
     numbers = np.asarray(view, dtype=np.int64)
     if numbers.shape not in ((), (rows,)):
         raise ValueError(f"draw needs one view number, or one a row ({rows}), got {numbers.shape}.")
-    if numbers.size and (int(numbers.min()) < 0 or int(numbers.max()) > 0xFFFFFFFF):
+    if int(np.bitwise_or.reduce(numbers, axis=None)) >> 32:  # also of a negative number
         raise ValueError(
             f"A view must be from 0 to 4294967295, got {int(numbers.min())} to"
             f" {int(numbers.max())}."
         )
-    return np.ascontiguousarray(np.broadcast_to(numbers, (rows,))).view(np.uint64)
+    if numbers.shape == ():
+        return np.uint64(numbers), NO_NUMBERS
+    return np.uint64(0), np.ascontiguousarray(numbers)
 
 
 def blocks(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, count: int) -> Words:
@@ -92,7 +108,8 @@ def blocks(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, first: int, co
     """
     places = np.ascontiguousarray(ids, dtype=np.int64).view(np.uint64)
     out = np.empty((places.shape[0], 4 * count), dtype=np.uint64)
-    views = view_numbers(view, places.shape[0])
+    number, numbers = view_numbers(view, places.shape[0])
+    views = numbers.view(np.uint64) if numbers.size else np.full(places.shape, number)
     _fill_blocks(np.uint64(seed & 0xFFFFFFFFFFFFFFFF), places, views, first, count, out)
     return out
 
@@ -111,10 +128,12 @@ def words64(seed: int, ids: npt.ArrayLike, view: npt.ArrayLike, *, draw: int) ->
     return words[:, 0] | (words[:, 1] << _HALF)
 
 
-def keyed_order(seed: int, ids: npt.ArrayLike, *, view: int, draw: int) -> npt.NDArray[np.int64]:
+def keyed_order(
+    seed: int, ids: npt.ArrayLike, *, view: npt.ArrayLike, draw: int
+) -> npt.NDArray[np.int64]:
     """Places of ``ids`` in the order of their keyed hash: a permutation that forgets the listing.
 
-    Equal hashes (one in 2**64) are ordered by id.
+    ``view`` is one number, or one a row. Equal hashes (one in 2**64) are ordered by id.
     """
     places = np.asarray(ids, dtype=np.int64)
     return np.lexsort((places, words64(seed, places, view, draw=draw))).astype(np.int64)

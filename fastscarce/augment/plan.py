@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable
+from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable, byte_of
 from fastscarce.ops import MixedTarget, MixedTopK, TopK
 
 __all__ = ["Plan", "concatenate"]
+
+_LAM, _PARTNER = (byte_of(name) // 4 for name in ("lam", "partner"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +38,6 @@ class Plan:
     version: int = MAPPING_VERSION
     rows: Tensor = field(init=False, repr=False)
     """The table as the kernels read it, uint8 ``(rows, 128)``, on the device of `to`."""
-    partner: Tensor = field(init=False, repr=False)
-    """Places in the batch, int64 ``(rows,)``, on the device of `to`."""
-    lam: Tensor = field(init=False, repr=False)
-    """Weight of each row's own image, exact, float32 ``(rows,)``, on the device of `to`."""
 
     def __post_init__(self) -> None:
         table = self.table
@@ -48,24 +46,32 @@ class Plan:
                 f"Plan needs a table of dtype PLAN and shape (rows,), got {table.dtype} "
                 f"{table.shape}."
             )
-        if not table.flags.c_contiguous or table.ctypes.data % 8:
+        if not table.flags.c_contiguous:
             table = np.ascontiguousarray(table)
-            object.__setattr__(self, "table", table)
         rows = torch.from_numpy(table.view(np.uint8).reshape(len(table), PLAN.itemsize))
+        if rows.data_ptr() % 8:
+            rows = rows.clone()
+            table = rows.numpy().reshape(-1).view(PLAN)
+        object.__setattr__(self, "table", table)
         object.__setattr__(self, "rows", rows)
-        object.__setattr__(self, "partner", torch.from_numpy(table["partner"].astype(np.int64)))
-        object.__setattr__(self, "lam", torch.from_numpy(np.ascontiguousarray(table["lam"])))
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.rows.shape[0]  # not the table's length: torch.compile knows tensors alone
+
+    @property
+    def partner(self) -> Tensor:
+        """Places in the batch, int64 ``(rows,)``, on the device of `to`."""
+        return self.rows.view(torch.int32)[:, _PARTNER].long()
+
+    @property
+    def lam(self) -> Tensor:
+        """Weight of each row's own image, exact, float32 ``(rows,)``, on the device of `to`."""
+        return self.rows.view(torch.float32)[:, _LAM].contiguous()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """The same plan with what the kernels read on ``device``."""
-        moved = Plan(self.table, self.image_size, self.version)
-        for name in ("rows", "partner", "lam"):
-            tensor = getattr(self, name).to(device, non_blocking=non_blocking)
-            object.__setattr__(moved, name, tensor)
-        return moved
+        rows = self.rows.to(device, non_blocking=non_blocking)
+        return made(self.table, self.image_size, self.version, rows)
 
     def mixed_target(self, labels: Tensor) -> MixedTarget:
         """The labels of the mixed images.
@@ -130,6 +136,13 @@ class Plan:
                 return cls(content["table"], (int(height), int(width)), int(facts["version"]))
         except (KeyError, ValueError, EOFError) as error:
             raise ValueError(f"Plan.load needs a plan's file, got {path}: {error}") from None
+
+
+def made(table: PlanTable, image_size: tuple[int, int], version: int, rows: Tensor) -> Plan:
+    """A plan of a sound table and of the same table as a tensor."""
+    plan = object.__new__(Plan)
+    plan.__dict__.update(table=table, image_size=image_size, version=version, rows=rows)
+    return plan
 
 
 def concatenate(plans: Sequence[Plan]) -> Plan:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from fastscarce.augment.steps import (
     STEPS,
@@ -23,7 +25,7 @@ from fastscarce.augment.steps import (
     TrivialAugment,
     step_from,
 )
-from fastscarce.augment.table import SLOTS
+from fastscarce.augment.table import BORDERS, SAMPLINGS, SLOTS
 
 __all__ = ["POLICIES", "Policy", "get_policy"]
 
@@ -49,9 +51,8 @@ class Policy:
     steps: tuple[Step, ...] = ()
     sampling: Literal["bilinear", "nearest"] = "bilinear"
     fill: int | tuple[int, ...] | Literal["reflect"] = 0
-    # What the drawing reads: a row a step.
-    codes: np.ndarray[Any, Any] = field(init=False, repr=False, compare=False)
-    numbers: np.ndarray[Any, Any] = field(init=False, repr=False, compare=False)
+    program: npt.NDArray[np.float64] = field(init=False, repr=False, compare=False)
+    """What the drawing reads: see `fastscarce.augment.mapping.draw_rows`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(step_from(entry) for entry in self.steps))
@@ -70,12 +71,13 @@ class Policy:
                     "A policy needs a fill of reflect, or of one or three levels from 0 to 255,"
                     f" got {self.fill!r}."
                 )
-        codes = np.array([step.code for step in self.steps], dtype=np.int64)
-        numbers = np.zeros((len(self.steps), _NUMBERS))
-        for place, step in enumerate(self.steps):
-            numbers[place, : len(step.numbers)] = step.numbers
-        object.__setattr__(self, "codes", codes)
-        object.__setattr__(self, "numbers", numbers)
+        program = np.zeros((1 + len(self.steps), 1 + _NUMBERS))
+        border = BORDERS.index("reflect" if self.fill == "reflect" else "fill")
+        program[0, :5] = SAMPLINGS.index(self.sampling), border, *self.fill_levels
+        for place, step in enumerate(self.steps, start=1):
+            program[place, 0] = step.code
+            program[place, 1 : 1 + len(step.numbers)] = step.numbers
+        object.__setattr__(self, "program", program)
 
     @property
     def fill_levels(self) -> tuple[int, int, int]:
@@ -183,6 +185,11 @@ def get_policy(policy: str | Sequence[Any] | Policy) -> Policy:
         return policy
     if not isinstance(policy, str):
         return Policy.from_dict(policy)
+    return _named(policy)
+
+
+@functools.lru_cache(maxsize=64)
+def _named(policy: str) -> Policy:
     first, *added = policy.split("+")
     name, numbers = _name_and_numbers(first, policy)
     if name not in POLICIES or (numbers and name != "randaugment"):

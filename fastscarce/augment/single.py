@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fastscarce.augment.draw import _warp_of, checked_size, neighbours
+from fastscarce.augment.draw import checked_size, neighbours
+from fastscarce.augment.mapping import warp_of
 from fastscarce.augment.plan import Plan
 from fastscarce.augment.table import MIXES, OPERATIONS, SAMPLINGS, PlanTable, new_table
 
 __all__ = ["plan_of"]
 
+_LARGEST = 1e5  # in an affine map
 _WARPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-_OTHERS = ("flip", "crop", "erase", "cutmix", "mixup")
+_OTHERS = ("flip", "crop", "affine", "erase", "cutmix", "mixup")
 # Least and most magnitude, and its unit.
 _RANGES = {
     "rotate": (-360.0, 360.0, "degrees"),
@@ -41,7 +44,7 @@ def plan_of(
     operation: str,
     sample_ids: npt.ArrayLike,
     *,
-    magnitude: float = 0.0,
+    magnitude: float | Sequence[float] = 0.0,
     image_size: int | tuple[int, int],
     sampling: Literal["nearest", "bilinear"] = "nearest",
     fill: int = 0,
@@ -49,11 +52,13 @@ def plan_of(
     """A plan that does one operation to every image; nothing is drawn.
 
     Args:
-        operation: One of RandAugment's 14, ``invert``, ``hue``, ``flip``, ``crop``, ``erase``,
-            ``cutmix`` or ``mixup``; ``saturation`` is ``color``.
+        operation: One of RandAugment's 14, ``invert``, ``hue``, ``flip``, ``crop``, ``affine``,
+            ``erase``, ``cutmix`` or ``mixup``; ``saturation`` is ``color``.
         sample_ids: int64 ``(rows,)``.
         magnitude: In the operation's own unit: degrees, a factor, a grey level, bits, pixels, a
-            fraction of a side or of the area. Boxes and crops are about the image's centre.
+            fraction of a side or of the area. Boxes and crops are about the image's centre. Of
+            ``affine`` six numbers a, b, c, d, e, f: the result at (x, y), in pixels from the
+            centre, is the image at (a x + b y + c, d x + e y + f).
         image_size: Side in pixels, or height and width.
         sampling: Of a warp.
         fill: Level of what a warp uncovers and of what is erased, 0 to 255.
@@ -66,12 +71,7 @@ def plan_of(
         raise ValueError(
             f"plan_of needs one of {', '.join((*OPERATIONS, *_OTHERS))}, got {operation!r}."
         )
-    if name in _RANGES:
-        least, most, unit = _RANGES[name]
-        if not least <= magnitude <= most:
-            raise ValueError(
-                f"plan_of needs {name} by {unit} from {least:g} to {most:g}, got {magnitude}."
-            )
+    numbers = _magnitudes(name, magnitude)
     if sampling not in SAMPLINGS or not 0 <= fill <= 255:
         raise ValueError(
             f"plan_of needs sampling nearest or bilinear and fill from 0 to 255, got {sampling!r}"
@@ -84,18 +84,39 @@ def plan_of(
     table["partner"] = neighbours(len(ids))
     table["sampling"] = SAMPLINGS.index(sampling)
     table["fill"][:, :3] = fill
-    if name in _WARPS or name in ("flip", "crop"):
-        table["matrix"] = np.reshape(_matrix(name, float(magnitude), size), (2, 3))
+    one = numbers[0]
+    if name in _WARPS or name in ("flip", "crop", "affine"):
+        matrix = np.array(numbers) if name == "affine" else _matrix(name, one, size)
+        table["matrix"] = np.reshape(matrix, (2, 3))
     elif name in OPERATIONS:
         table["operation"][:, 0] = OPERATIONS.index(name)
-        table["argument"][:, 0] = magnitude
-        table["rest"][:, 0] = 1.0 - magnitude
+        table["argument"][:, 0] = one
+        table["rest"][:, 0] = 1.0 - one
     else:
-        _fill_box(table, name, magnitude, size, fill)
+        _fill_box(table, name, one, size, fill)
     if name in OPERATIONS:
         table["drawn"][:, 0] = OPERATIONS.index(name)
-        table["amount"][:, 0] = magnitude
+        table["amount"][:, 0] = one
     return Plan(table, size)
+
+
+def _magnitudes(name: str, magnitude: float | Sequence[float]) -> list[float]:
+    """One number, or the six of an affine map, each in its range."""
+    alone = isinstance(magnitude, (int, float))
+    numbers = [float(magnitude)] if isinstance(magnitude, (int, float)) else list(magnitude)
+    if name == "affine":
+        if alone or len(numbers) != 6 or not all(abs(x) <= _LARGEST for x in numbers):
+            raise ValueError(
+                f"plan_of needs affine by six numbers from {-_LARGEST:g} to {_LARGEST:g}, got"
+                f" {magnitude}."
+            )
+        return numbers
+    least, most, unit = _RANGES.get(name, (-math.inf, math.inf, "a number"))
+    if not alone or not least <= numbers[0] <= most:
+        raise ValueError(
+            f"plan_of needs {name} by {unit} from {least:g} to {most:g}, got {magnitude}."
+        )
+    return numbers
 
 
 def _matrix(name: str, magnitude: float, size: tuple[int, int]) -> npt.NDArray[np.float64]:
@@ -106,7 +127,7 @@ def _matrix(name: str, magnitude: float, size: tuple[int, int]) -> npt.NDArray[n
         matrix[0] = matrix[4] = magnitude
     else:
         amount = float(int(magnitude)) if name.startswith("translate") else magnitude
-        _warp_of(matrix, OPERATIONS.index(name), amount, *size)
+        matrix[:] = warp_of(OPERATIONS.index(name), amount, *size)[1:]
     return matrix
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAPPING_VERSION", "OPERATIONS", "PLAN", "SLOTS", "PlanTable", "new_table"]
+__all__ = ["MAPPING_VERSION", "OPERATIONS", "PLAN", "SLOTS", "PlanTable", "byte_of", "new_table"]
 
 MAPPING_VERSION = 2
 """Of the mapping from random words to parameters: part of every fingerprint of drawn views."""
@@ -61,6 +61,13 @@ PLAN = np.dtype(
 )
 
 PlanTable = npt.NDArray[np.void]
+
+
+def byte_of(name: str) -> int:
+    """Where a field of a row begins."""
+    fields = PLAN.fields
+    assert fields is not None
+    return int(fields[name][1])
 
 
 def new_table(rows: int) -> PlanTable:

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastscarce.data.images import ImageSet, check_memory
+from fastscarce.data.arrays import ArrayReader
+from fastscarce.data.classes import read_names
+from fastscarce.data.images import check_memory
+from fastscarce.data.source import Source
 from fastscarce.errors import DataError
 
-__all__ = ["load_idx", "read_idx"]
+__all__ = ["open_idx", "read_idx"]
 
 FASHION_CLASSES = (
     "T-shirt/top",
@@ -68,8 +71,8 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def load_idx(folder: Path, *, flip: bool | None = None) -> ImageSet:
-    """Load ``train-`` and, where they are, ``t10k-`` images and labels from a folder.
+def open_idx(folder: Path, *, flip: bool | None = None) -> Source:
+    """Open ``train-`` and, where they are, ``t10k-`` images and labels from a folder.
 
     Class names come from ``classes.txt`` (a line each) beside the files, or are Fashion-MNIST's
     where the folder's name says so, or else the digits. A sample's id is its position, test images
@@ -87,19 +90,20 @@ def load_idx(folder: Path, *, flip: bool | None = None) -> ImageSet:
         sizes = " and ".join("x".join(map(str, images.shape[1:])) for images, _ in parts)
         raise DataError(f"{folder} needs training and test images of one size, got {sizes}.")
     rows = sum(len(images) for images, _ in parts)
-    check_memory(str(folder), (rows, *parts[0][0].shape[1:], 1))
+    height, width = parts[0][0].shape[1:]
+    check_memory(str(folder), (rows, height, width, 1))
     labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
     count = int(labels.max()) + 1 if rows else 0
     fashion = "fashion" in folder.resolve().name.lower() and count <= len(FASHION_CLASSES)
-    return ImageSet(
+    return Source(
         name="fashion-mnist" if fashion else folder.resolve().name,
-        images=np.concatenate([images for images, _ in parts])[..., None],
+        reader=ArrayReader(np.concatenate([images for images, _ in parts])[..., None]),
         labels=labels,
         ids=np.arange(rows, dtype=np.int64),
-        paths=None,
         classes=_classes(folder, count, fashion=fashion),
         is_test=np.arange(rows) >= len(parts[0][0]),
         flip=fashion if flip is None else flip,
+        shape=(height, width, 1),
     )
 
 
@@ -132,13 +136,12 @@ def _split(folder: Path, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[
 
 
 def _classes(folder: Path, count: int, *, fashion: bool) -> tuple[str, ...]:
-    path = folder / "classes.txt"
-    if path.is_file():
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        names = tuple(name for name in names if name)
+    names = read_names(folder)
+    if names is not None:
         if len(names) < count:
-            raise DataError(f"{path} needs {count} class names, a line each, got {len(names)}.")
+            raise DataError(
+                f"{folder / 'classes.txt'} needs {count} class names, a line each, got"
+                f" {len(names)}."
+            )
         return names
-    if fashion:
-        return FASHION_CLASSES
-    return tuple(str(label) for label in range(count))
+    return FASHION_CLASSES if fashion else tuple(str(label) for label in range(count))

@@ -1,4 +1,4 @@
-"""A pool of images, decoded once and kept in memory."""
+"""Images of one size, their labels and who they are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastscarce.data.pixels import Pixels
+from fastscarce.data.source import Failure
 from fastscarce.errors import DataError
 
-__all__ = ["ImageSet", "check_memory"]
+__all__ = ["ImageSet", "check_memory", "free_memory"]
 
-UNLABELLED = -1
+_ROWS = 64  # that are looked at at a time
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,26 @@ class ImageSet:
 
     Attributes:
         name: Of the data set, for people.
-        images: uint8 ``(n, height, width, channels)``, 1 or 3 channels.
+        images: uint8 ``(n, height, width, channels)``, 1 or 3 channels: an array, or what gives
+            its rows.
         labels: int64 ``(n,)``, -1 where there is none.
         ids: int64 ``(n,)``, all different; they don't depend on the order of listing.
         paths: Of the image files, relative to the folder; None where there are no files.
         classes: Names of the classes, in the order of their labels.
         is_test: bool ``(n,)``: belongs to the source's own test split; all False where it has none.
         flip: Whether a mirrored image keeps its label.
-        skipped: Files that could not be read and were left out.
+        failures: Samples that could not be read or decoded.
     """
 
     name: str
-    images: npt.NDArray[np.uint8]
+    images: Pixels
     labels: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int64]
     paths: tuple[str, ...] | None
     classes: tuple[str, ...]
     is_test: npt.NDArray[np.bool_]
     flip: bool
-    skipped: tuple[str, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
         rows = self.images.shape[0]
@@ -62,7 +65,7 @@ class ImageSet:
             found = ", ".join(self.classes) or "none"
             raise DataError(
                 f"{self.name} needs at least 2 classes, got {len(self.classes)} ({found});"
-                " add a sub-folder of images for each class."
+                " give labelled images of each, or name their labels by --labels-file."
             )
 
     def __len__(self) -> int:
@@ -80,8 +83,8 @@ class ImageSet:
         order = np.argsort(self.ids)
         for part in (self.ids, self.labels, self.is_test):
             digest.update(np.ascontiguousarray(part[order]).tobytes())
-        for place in order:
-            digest.update(np.ascontiguousarray(self.images[place]).data)
+        for start in range(0, len(order), _ROWS):
+            digest.update(np.ascontiguousarray(self.images[order[start : start + _ROWS]]).data)
         return digest.hexdigest()
 
 

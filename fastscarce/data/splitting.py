@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastscarce.augment.philox import keyed_order
-from fastscarce.data.images import UNLABELLED, ImageSet
+from fastscarce.data.images import ImageSet
+from fastscarce.data.source import UNLABELLED
 from fastscarce.errors import DataError
 
-__all__ = ["Split", "split"]
+__all__ = ["PARTS", "Given", "Split", "split"]
+
+PARTS = ("labelled", "holdout", "unlabelled", "test")
 
 _DRAW = 0x5911700  # the counter's word that sets these draws apart from a view's
 
@@ -35,6 +38,21 @@ class Split:
     test: Positions
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a file says of which labels may be used.
+
+    Attributes:
+        path: Of the file, for people.
+        ids: int64 ``(rows,)``: the samples whose labels may be used, or whose part is given.
+        parts: int64 ``(rows,)``: places in `PARTS`; None where the file leaves the parts open.
+    """
+
+    path: str
+    ids: npt.NDArray[np.int64]
+    parts: npt.NDArray[np.int64] | None
+
+
 def split(
     images: ImageSet,
     *,
@@ -42,6 +60,7 @@ def split(
     holdout_per_class: int,
     test_fraction: float,
     seed: int,
+    given: Given | None = None,
 ) -> Split:
     """Split a data set class by class, by a keyed hash of ids: the listing's order doesn't matter.
 
@@ -51,6 +70,9 @@ def split(
         holdout_per_class: Labels kept to choose models on, beside those.
         test_fraction: Of each class, where the set has no test split of its own; 0 to below 1.
         seed: Any integer.
+        given: The labels that may be used; all of them are then. Labels of other images serve the
+            test alone, where the set has no test split of its own. Where it gives the parts too,
+            nothing is drawn, and images that it does not name are unlabelled.
 
     Raises:
         DataError: A number is out of its range, or a class has fewer labelled images than asked.
@@ -61,16 +83,28 @@ def split(
         raise DataError(f"holdout_per_class must be 0 or more, got {holdout_per_class}.")
     if not 0.0 <= test_fraction < 1.0:
         raise DataError(f"test_fraction must be from 0 to below 1, got {test_fraction}.")
+    if given is not None and given.parts is not None:
+        return _as_given(images, given, given.parts)
+    usable = images.labels != UNLABELLED
+    if given is not None:
+        labels_per_class = None
+        usable &= np.isin(images.ids, given.ids)
     own_test = bool(images.is_test.any())
+    # The few labels are too dear for the test, where others are there.
+    spare = bool((~usable & ~images.is_test & (images.labels != UNLABELLED)).any())
     order = keyed_order(seed, images.ids, view=0, draw=_DRAW)
     order = order[~images.is_test[order]]
     labelled, holdout, unlabelled = [], [], [order[images.labels[order] == UNLABELLED]]
     test = [np.flatnonzero(images.is_test)]
     for label, name in enumerate(images.classes):
         places = order[images.labels[order] == label]
-        count = 0 if own_test or test_fraction == 0 else max(1, round(test_fraction * len(places)))
-        test.append(places[:count])
-        places = places[count:]
+        others, places = places[~usable[places]], places[usable[places]]
+        tested = others if spare else places
+        count = 0 if own_test or test_fraction == 0 else max(1, round(test_fraction * len(tested)))
+        test.append(tested[:count])
+        others, places = (others[count:], places) if spare else (others, places[count:])
+        unlabelled.append(others)
+        count = 0 if spare else count
         wanted = (1 if labels_per_class is None else labels_per_class) + holdout_per_class
         if len(places) < wanted:
             raise DataError(_too_few(name, len(places), count, labels_per_class, holdout_per_class))
@@ -81,6 +115,22 @@ def split(
         unlabelled.append(places[kept:])
     parts = (np.sort(np.concatenate(p)) for p in (labelled, holdout, unlabelled, test))
     return Split(*(part.astype(np.int64) for part in parts))
+
+
+def _as_given(images: ImageSet, given: Given, numbers: npt.NDArray[np.int64]) -> Split:
+    part = np.full(len(images), PARTS.index("unlabelled"))
+    found = dict(zip(given.ids.tolist(), numbers.tolist(), strict=True))
+    for place, number in enumerate(images.ids.tolist()):
+        part[place] = found.get(number, part[place])
+    for name in ("labelled", "holdout", "test"):
+        here = part == PARTS.index(name)
+        if (images.labels[here] == UNLABELLED).any():
+            raise DataError(f"{given.path} puts an image without a label into the part {name}.")
+    labelled = images.labels[part == PARTS.index("labelled")]
+    for label, name in enumerate(images.classes):
+        if not (labelled == label).any():
+            raise DataError(f"{given.path} has no labelled image of class {name}; add one.")
+    return Split(*(np.flatnonzero(part == number) for number in range(len(PARTS))))
 
 
 def _too_few(name: str, left: int, test: int, labels: int | None, holdout: int) -> str:

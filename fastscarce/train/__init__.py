@@ -7,5 +7,6 @@ from fastscarce.train.finetune import finetune
 from fastscarce.train.label import label
 from fastscarce.train.run import Run, open_run
 from fastscarce.train.selftrain import selftrain
+from fastscarce.train.tally import Tally
 
-__all__ = ["Run", "distill", "finetune", "label", "open_run", "selftrain"]
+__all__ = ["Run", "Tally", "distill", "finetune", "label", "open_run", "selftrain"]

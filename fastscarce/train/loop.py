@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Loss of piece ``piece`` of ``pieces`` of this process's part of a step's batch."""
+
+    def close(self) -> None:
+        """End what was started for the steps to come."""
 
 
 def fit(
@@ -102,7 +106,7 @@ def fit(
 
     watch = _FiniteWatch(stage, settings, run.device)
     pieces = run.config.gradient_accumulation_steps
-    with Progress(run, stage, total=settings.steps, start=start) as progress:
+    with Progress(run, stage, total=settings.steps, start=start) as progress, closing(objective):
         window = time.perf_counter()
         for step in range(start, settings.steps):
             set_rates(

@@ -1,8 +1,11 @@
-"""The data set on the device, and a model's predictions on any of it."""
+"""The data set's images for training, and a model's predictions on any of them."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,23 +13,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastscarce.augment import Plan, Policy, apply, draw, get_policy
-from fastscarce.data import ImageSet
+from fastscarce.data import ImageSet, OnDemand, Pixels, Stream, StreamBatch
+from fastscarce.errors import DataError
 from fastscarce.train.run import Run
 
-__all__ = ["Pool", "accuracy", "predict"]
+__all__ = ["Feed", "Pool", "PoolKind", "Taken", "accuracy", "predict"]
 
 # Rows of a forward pass; part of the result, since the last bits of a row depend on its batch.
 BATCH = 512
 
 Positions = NDArray[np.int64]
+PoolKind = Literal["auto", "off", "host", "device", "disk"]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Decoded images on one device, and what it takes to make views of them.
+    """A data set's images, wherever they lie, and what it takes to make views of them.
 
     Attributes:
-        images: uint8 ``(n, height, width, channels)``.
+        pixels: uint8 ``(n, height, width, channels)``.
+        resident: The same on the device, where they are kept there.
+        device: Where views are made.
         ids: int64 ``(n,)``.
         labels: int64 ``(n,)`` on the device, -1 where there is none.
         classes: Number of classes.
@@ -34,7 +41,9 @@ class Pool:
         seed: Of all views.
     """
 
-    images: Tensor
+    pixels: Pixels
+    resident: Tensor | None
+    device: torch.device
     ids: NDArray[np.int64]
     labels: Tensor
     classes: int
@@ -42,10 +51,25 @@ class Pool:
     seed: int
 
     @classmethod
-    def of(cls, images: ImageSet, *, seed: int, device: torch.device) -> Pool:
-        """Move a data set to ``device``."""
+    def of(
+        cls, images: ImageSet, *, seed: int, device: torch.device, kind: PoolKind = "auto"
+    ) -> Pool:
+        """The pool of a data set.
+
+        Args:
+            images: The data set.
+            seed: Of all views.
+            device: Where views are made.
+            kind: ``device`` keeps the images there, and so does ``auto`` where they are in memory
+                and take half of what the device has free; otherwise a batch's rows go there.
+
+        Raises:
+            DataError: The images are to be on the device, and don't fit.
+        """
         return cls(
-            images=torch.from_numpy(np.ascontiguousarray(images.images)).to(device),
+            pixels=images.images,
+            resident=_resident(images, device, kind),
+            device=device,
             ids=images.ids,
             labels=torch.from_numpy(images.labels).to(device),
             classes=len(images.classes),
@@ -53,25 +77,47 @@ class Pool:
             seed=seed,
         )
 
-    def draw(self, positions: Positions, policy: str | Policy, view: int | Positions) -> Plan:
-        """What is done to some images: a function of (seed, id, view) and the policy."""
-        chosen = get_policy(policy)
-        if not self.flip:
-            chosen = chosen.without("flip")
-        _, height, width, channels = self.images.shape
-        if channels == 3:  # of grey scans the ground is black; a photograph has none
-            chosen = replace(chosen, fill="reflect")
+    def draw(
+        self,
+        positions: Positions,
+        policy: str | Policy,
+        view: int | Positions,
+        partners: Positions | None = None,
+    ) -> Plan:
+        """What is done to some images: a function of (seed, id, view), the policy and partners."""
+        _, height, width, channels = self.pixels.shape
+        chosen = _fitted(get_policy(policy), self.flip, channels)
         ids = self.ids[positions]
-        return draw(chosen, ids, view=view, seed=self.seed, image_size=(height, width))
+        return draw(
+            chosen,
+            ids,
+            view=view,
+            seed=self.seed,
+            image_size=(height, width),
+            partners=partners,
+        )
 
-    def carry_out(self, plan: Plan, positions: Positions, model: nn.Module) -> Tensor:
+    def take(self, positions: Positions) -> Taken:
+        """Some images on the device."""
+        if self.resident is not None:
+            return Taken(self.resident, torch.from_numpy(positions).to(self.device))
+        return Taken(self._moved(torch.from_numpy(self.pixels[positions])))
+
+    def ahead(self, batches: Iterable[Positions], rows: int) -> Iterator[Taken]:
+        """The images of batches of at most ``rows``, decoded ahead where they are in no memory."""
+        if not isinstance(self.pixels, OnDemand):
+            yield from (self.take(positions) for positions in batches)
+            return
+        for images in self.pixels.ahead(batches, rows=rows, device=self.device):
+            yield Taken(self._moved(images))
+
+    def carry_out(self, plan: Plan, taken: Taken, model: nn.Module) -> Tensor:
         """The planned views, normalised as ``model`` asks, float32 ``(rows, C, H, W)``."""
-        mean, std = normalisation(model, int(self.images.shape[3]))
-        device = self.images.device
+        mean, std = normalisation(model, int(self.pixels.shape[3]))
         return apply(
-            plan.to(device),
-            self.images,
-            index=torch.from_numpy(positions).to(device),
+            plan.to(self.device),
+            taken.images,
+            index=taken.index,
             mean=mean,
             std=std,
             layout=torch.channels_last,
@@ -81,7 +127,91 @@ class Pool:
         self, positions: Positions, policy: str | Policy, view: int | Positions, model: nn.Module
     ) -> Tensor:
         """Views of some images: drawn and carried out."""
-        return self.carry_out(self.draw(positions, policy, view), positions, model)
+        return self.carry_out(self.draw(positions, policy, view), self.take(positions), model)
+
+    def _moved(self, images: Tensor) -> Tensor:
+        if self.device.type == "cuda" and not images.is_cuda and not images.is_pinned():
+            images = images.pin_memory()
+        return images.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A batch's images on the device.
+
+    Attributes:
+        images: uint8 ``(n, height, width, channels)``.
+        index: Which of them are the batch's rows, int64 ``(rows,)``; None: all, in their order.
+    """
+
+    images: Tensor
+    index: Tensor | None = None
+
+
+class Feed:
+    """The images of a stream's steps, decoded ahead while steps follow each other.
+
+    Args:
+        pool: Where they come from.
+        stream: Says which they are.
+    """
+
+    def __init__(self, pool: Pool, stream: Stream) -> None:
+        self._pool = pool
+        self._stream = stream
+        self._coming: Iterator[Taken] | None = None
+        self._next: tuple[int, int, int] | None = None
+
+    def __call__(self, step: int, piece: int, pieces: int) -> tuple[StreamBatch, Taken]:
+        """A piece of a step's rows, and their images."""
+        rows = self._stream.batch(step).piece(piece, pieces)
+        if not isinstance(self._pool.pixels, OnDemand):
+            return rows, self._pool.take(rows.positions)
+        if self._coming is None or self._next != (step, piece, pieces):
+            self._coming = self._pool.ahead(
+                self._positions(step, piece, pieces), len(rows.positions)
+            )
+        following = (step, piece + 1, pieces) if piece + 1 < pieces else (step + 1, 0, pieces)
+        self._next = following
+        return rows, next(self._coming)
+
+    def close(self) -> None:
+        """End the processes that decode ahead."""
+        self._coming = self._next = None
+
+    def _positions(self, step: int, piece: int, pieces: int) -> Iterator[Positions]:
+        while True:
+            batch = self._stream.batch(step)
+            for number in range(piece, pieces):
+                yield batch.piece(number, pieces).positions
+            step, piece = step + 1, 0
+
+
+def _resident(images: ImageSet, device: torch.device, kind: PoolKind) -> Tensor | None:
+    if kind not in ("auto", "device") or not isinstance(images.images, np.ndarray):
+        return None
+    in_file = isinstance(images.images, np.memmap)
+    if in_file and kind == "auto":
+        return None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if images.images.nbytes > free // 2:
+            if kind == "auto":
+                return None
+            raise DataError(
+                f"{images.name} needs {images.images.nbytes / 2**30:.1f} GiB on the device, of"
+                f" which {free / 2**30:.1f} GiB are free; set pool to host, disk or off."
+            )
+    return torch.from_numpy(np.ascontiguousarray(images.images)).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _fitted(policy: Policy, flip: bool, channels: int) -> Policy:
+    """The policy as it suits a data set."""
+    if not flip:
+        policy = policy.without("flip")
+    # Of grey scans the ground is black; a photograph has none.
+    return replace(policy, fill="reflect") if channels == 3 else policy
 
 
 def normalisation(
@@ -123,9 +253,12 @@ def predict(
     """
     result = torch.zeros(views, len(positions), pool.classes, device=run.device)
     units = [(view, start) for view in range(views) for start in range(0, len(positions), BATCH)]
-    for view, start in units[run.rank :: run.world_size]:
+    own = units[run.rank :: run.world_size]
+    coming = pool.ahead((positions[start : start + BATCH] for _, start in own), BATCH)
+    for (view, start), taken in zip(own, coming, strict=True):
         rows = positions[start : start + BATCH]
-        batch = pool.views(rows, "eval" if view == 0 else policy, first_view + view, model)
+        plan = pool.draw(rows, "eval" if view == 0 else policy, first_view + view)
+        batch = pool.carry_out(plan, taken, model)
         with run.accelerator.autocast():
             logits = model(batch)
         result[view, start : start + len(rows)] = logits.float()

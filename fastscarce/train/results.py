@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastscarce.config import ModelConfig, to_dict
+from fastscarce.data import write_quarantine, write_split
 from fastscarce.files import write_whole
 from fastscarce.models import save
 from fastscarce.pseudo import PseudoLabels, write_parquet
@@ -157,6 +158,12 @@ def write_run(
         },
     }
     _text(run, "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    if task.images.failures:
+        write_whole(
+            run.folder / "quarantine.csv",
+            lambda path: write_quarantine(path, task.images.failures),
+        )
+    write_whole(run.folder / "split.csv", lambda path: write_split(path, task.images, task.split))
     curves = run.folder / "curves.png"
     draw_curves(run.metrics(), curves)
     empty: NDArray[np.float32] = np.zeros(0, dtype=np.float32)

@@ -30,8 +30,11 @@ T = TypeVar("T")
 
 # Settings that may differ when a run is resumed: they do not change what it computes.
 _FREE_ON_RESUME = frozenset(
-    {"out", "resume", "overwrite", "checkpoint_every", "log_every", "tensorboard", "threads", "cpu"}
-)
+    {
+        "checkpoint_every", "cpu", "log_every", "out", "overwrite", "pool", "resume", "tensorboard",
+        "threads", "workers",
+    }
+)  # fmt: skip
 # Files that mark a folder as a run's, so that --overwrite never deletes anything else.
 _MARKS = ("state/run.json", "manifest.json")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,17 @@ import torch
 from torch import nn
 
 from fastscarce.config import DataConfig, LabelConfig, ModelConfig, StageConfig
-from fastscarce.data import ImageSet, Split, load, split
+from fastscarce.data import (
+    Decoder,
+    Given,
+    ImageSet,
+    Split,
+    load_images,
+    open_source,
+    relabel,
+    split,
+)
+from fastscarce.data.load import Storage
 from fastscarce.errors import ModelError
 from fastscarce.models import create, freeze
 from fastscarce.pseudo import PseudoLabels, from_logits, select
@@ -22,6 +34,16 @@ __all__ = ["Task", "prepare"]
 # From how many labels a class some are held out, and which part of them.
 HOLDOUT_FROM = 20
 HOLDOUT_PART = 5
+# Broken images that are named on the terminal; quarantine.csv names all.
+FAILURES_SAID = 10
+
+_STORAGE: dict[str, Storage] = {
+    "auto": "auto",
+    "device": "memory",
+    "host": "memory",
+    "disk": "disk",
+    "off": "off",
+}
 
 
 @dataclass(frozen=True)
@@ -104,18 +126,28 @@ def _spread(value: float | tuple[float, ...], channels: int) -> list[float]:
     return list(value) if isinstance(value, tuple) else [value] * channels
 
 
-def _holdout_per_class(config: DataConfig, images: ImageSet) -> int:
+def _holdout_per_class(config: DataConfig, images: ImageSet, given: Given | None) -> int:
     if config.holdout_per_class is not None:
         return config.holdout_per_class
-    if config.labels_per_class is not None:
+    if config.labels_per_class is not None and given is None:
         fewest = config.labels_per_class
     else:
         trains = (images.labels >= 0) & ~images.is_test
+        if given is not None:
+            trains &= np.isin(images.ids, given.ids)
         counts = np.bincount(images.labels[trains], minlength=len(images.classes))
         # Of a data set without a test split of its own, a part goes to the test first.
         left = 1.0 if images.is_test.any() else 1.0 - config.test_fraction
         fewest = int(counts.min() * left)
     return fewest // HOLDOUT_PART if fewest >= HOLDOUT_FROM else 0
+
+
+def _say_failures(run: Run, images: ImageSet, on_error: str) -> None:
+    done = "replaced" if on_error == "replace" else "skipped"
+    for failure in images.failures[:FAILURES_SAID]:
+        run.say(f"{done} {failure.name}: {failure.reason}")
+    if len(images.failures) > FAILURES_SAID:
+        run.say(f"{done} {len(images.failures)} images in all; quarantine.csv lists them")
 
 
 def prepare(run: Run, config: DataConfig) -> Task:
@@ -126,14 +158,29 @@ def prepare(run: Run, config: DataConfig) -> Task:
     Raises:
         DataError: The data can't be read, or has fewer labels than are asked for.
     """
-    images = load(
+    source = open_source(
         config.data,
         unlabelled=config.unlabelled,
-        image_size=config.image_size,
+        image_key=config.image_key,
+        label_key=config.label_key,
+        id_key=config.id_key,
         flip={"auto": None, "yes": True, "no": False}[config.flip],
-        on_error=config.on_error,
     )
-    holdout = _holdout_per_class(config, images)
+    given = None
+    if config.labels_file is not None:
+        source, given = relabel(source, config.labels_file)
+    # The main process writes a file of pixels, and the others map it.
+    turns = run.accelerator.main_process_first() if config.pool == "disk" else nullcontext()
+    with turns:
+        images = load_images(
+            source,
+            image_size=config.image_size,
+            on_error=config.on_error,
+            storage=_STORAGE[config.pool],
+            decoder=Decoder(config.loader, config.workers),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size)),
+        )
+    holdout = _holdout_per_class(config, images, given)
     labels = config.labels_per_class
     parts = split(
         images,
@@ -141,13 +188,18 @@ def prepare(run: Run, config: DataConfig) -> Task:
         holdout_per_class=holdout,
         test_fraction=config.test_fraction,
         seed=run.config.seed,
+        given=given,
     )
     run.say(
         f"{images.name}: {len(images.classes)} classes, {len(parts.labelled)} labelled, "
         f"{len(parts.holdout)} held out, {len(parts.unlabelled)} unlabelled, "
         f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
     )
-    for path in images.skipped:
-        run.say(f"skipped {path}: it can't be read")
-    pool = Pool.of(images, seed=derive_seed(run.config.seed, "views"), device=run.device)
+    _say_failures(run, images, config.on_error)
+    pool = Pool.of(
+        images,
+        seed=derive_seed(run.config.seed, "views"),
+        device=run.device,
+        kind=config.pool,
+    )
     return Task(run, images, parts, pool)

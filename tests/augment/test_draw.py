@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from fastscarce.augment import (
+    MAPPING_VERSION,
     OPERATIONS,
     POLICIES,
     Affine,
@@ -29,6 +30,7 @@ from fastscarce.augment import (
     apply,
     concatenate,
     draw,
+    draw_batches,
     neighbours,
 )
 
@@ -242,6 +244,64 @@ def test_a_row_depends_on_its_id_and_view_alone(policy: str) -> None:
                 whole[["matrix", "operation", "argument"]]).mean() > 0.5  # fmt: skip
 
 
+def test_what_is_drawn_stays_as_it_is() -> None:
+    """Of this mapping's version: whoever changes what words mean raises it."""
+    ids = [0, 1, 2**40 + 7, -9]
+    rows = draw("randaugment(2, 9)+cutmix", ids, view=3, seed=5, image_size=(37, 53)).table
+    assert MAPPING_VERSION == 2
+    assert rows["drawn"][:, :2].tolist() == [[2, 11], [4, 7], [7, 6], [10, 9]]
+    assert rows["box"].tolist() == [
+        [17, 15, 37, 53],
+        [4, 0, 37, 36],
+        [0, 22, 30, 53],
+        [2, 12, 21, 40],
+    ]
+    jitter = draw([{"jitter": {"brightness": 0.5}}, "shift"], ids, view=3, seed=5, image_size=40)
+    assert jitter.table["argument"][:, 0].tolist() == [
+        0.6861106753349304,
+        0.8265962600708008,
+        1.0076215267181396,
+        1.26105535030365,
+    ]
+    assert jitter.table["matrix"][:, :, 2].tolist() == [
+        [5.0, 4.0],
+        [3.0, 1.0],
+        [3.0, -1.0],
+        [-2.0, -2.0],
+    ]
+
+
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [7, 7, 3], [1, 1], [300, 5], [4]])
+def test_several_batches_are_drawn_as_each(lengths: list[int]) -> None:
+    ends = np.cumsum(lengths)
+    batches = [np.arange(end - rows, end) * 31 for rows, end in zip(lengths, ends, strict=True)]
+    for view in (2**32 - 1, np.arange(len(lengths)) + 3):
+        plans = draw_batches("strong+cutmix", batches, view=view, seed=-4, image_size=(33, 20))
+        for plan, ids, one in zip(plans, batches, np.broadcast_to(view, len(lengths)), strict=True):
+            alone = draw("strong+cutmix", ids, view=int(one), seed=-4, image_size=(33, 20))
+            assert np.array_equal(plan.table, alone.table)
+            assert torch.equal(plan.rows, alone.rows)
+            assert torch.equal(plan.partner, torch.from_numpy(neighbours(len(ids))))
+            assert torch.equal(plan.lam, torch.from_numpy(plan.table["lam"].copy()))
+
+
+@pytest.mark.parametrize(
+    ("batches", "view", "message"),
+    [
+        ([], 0, r"batches of one length, the last one's or more, got \[\]"),
+        ([[1, 2], []], 0, r"got \[2, 0\]"),
+        ([[1, 2], [3], [4, 5]], 0, r"got \[2, 1, 2\]"),
+        ([[1], [2, 3]], 0, r"got \[1, 2\]"),
+        ([[[1, 2]]], 0, r"of shape \(rows,\), got \[\(1, 2\)\]"),
+        ([[1, 2], [3, 4]], [0, 1, 2], r"one view number, or one a row \(2\)"),
+        ([[1, 2], [3, 4]], [0, 2**32], "view must be from 0 to 4294967295, got 0 to 4294967296"),
+    ],
+)
+def test_batches_that_are_refused(batches: list[list[int]], view: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_batches("weak", batches, view=view, seed=0, image_size=8)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("policy", ["strong", "weak", "randaugment(2, 9)"])
 def test_a_view_is_bit_equal_in_any_batch(policy: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -259,14 +319,22 @@ def test_a_view_is_bit_equal_in_any_batch(policy: str) -> None:
                 assert torch.equal(apply(plan, pool[part]), whole[part])
 
 
-CHILD = """
-import sys, numpy as np, torch
+PROCESSES = """
+import os, sys, numpy as np, torch
 from fastscarce.augment import apply, draw
-rank, processes, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+path = sys.argv[1]
 pool = torch.from_numpy(np.load(path + "/pool.npy"))
-ids = np.arange(len(pool)).reshape(processes, -1)[rank]
-plan = draw("strong+cutmix", ids, view=7, seed=5, image_size=32)
-np.save(f"{path}/{processes}-{rank}.npy", apply(plan, pool, index=torch.from_numpy(ids)).numpy())
+for processes in (2, 4):
+    children = []
+    for rank in range(processes):
+        children.append(os.fork())
+        if children[-1] == 0:
+            ids = np.arange(len(pool)).reshape(processes, -1)[rank]
+            plan = draw("strong+cutmix", ids, view=7, seed=5, image_size=32)
+            views = apply(plan, pool, index=torch.from_numpy(ids))
+            np.save(f"{path}/{processes}-{rank}.npy", views.numpy())
+            os._exit(0)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
 """
 
 
@@ -275,10 +343,8 @@ def test_a_view_is_bit_equal_in_any_number_of_processes(tmp_path: Path) -> None:
     np.save(tmp_path / "pool.npy", pool.numpy())
     plan = draw("strong+cutmix", range(32), view=7, seed=5, image_size=32)
     here = apply(plan, pool).numpy()
+    subprocess.run([sys.executable, "-c", PROCESSES, str(tmp_path)], check=True)
     for processes in (2, 4):
-        for rank in range(processes):
-            words = [sys.executable, "-c", CHILD, str(rank), str(processes), str(tmp_path)]
-            subprocess.run(words, check=True)
         parts = [np.load(tmp_path / f"{processes}-{rank}.npy") for rank in range(processes)]
         assert np.array_equal(np.concatenate(parts), here)
 

@@ -1,12 +1,4 @@
-"""The two executors on the same plan.
-
-Differences by definition, which the grids below leave out or bound:
-
-- After every operation on levels Kornia's are rounded, torchvision's (and so the kernel's) cut off:
-  one level. A second operation can make more of it: contrast by 1.9 two, equalize any number.
-- Kornia takes saturation towards an unrounded grey, the kernel towards a whole one: two levels.
-- Under nearest sampling a coordinate half-way between two pixels may go to either.
-"""
+"""The two executors on the same plan, to what `fastscarce.augment.kornia` says of differences."""
 
 from __future__ import annotations
 
@@ -25,7 +17,7 @@ ONE_LEVEL = {
     "contrast": [0.2, 0.7, 1.7], "sharpness": [0.2, 0.7, 1.9], "color": [0.2, 0.7],
     "hue": [-0.3, 0.1], "rotate": [-30.0, 17.0], "shear_x": [-0.3, 0.2], "shear_y": [0.11],
     "translate_x": [-3.0, 5.0], "translate_y": [4.0], "crop": [0.6, 0.83], "cutmix": [0.3],
-    "mixup": [0.4], "erase": [0.2],
+    "mixup": [0.4], "erase": [0.2], "affine": [(0.8, 0.3, -2.5, -0.2, 1.1, 1.25)],
 }  # fmt: skip
 
 

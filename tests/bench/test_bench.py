@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_data
 import bench_kd_loss
 import bench_losses
+import bench_sources
 import harness
 import plot_kd_loss
 import pytest
@@ -33,7 +35,7 @@ def run(script: str, *words: str) -> str:
 def test_steps_take_turns() -> None:
     order: list[str] = []
     found = harness.turns({name: lambda name=name: order.append(name) for name in "abc"}, 0.0)
-    assert order == list("aabbcc") + list("abc") * harness.LEAST_TURNS
+    assert order == list("aabbcc") * (1 + harness.LEAST_TURNS)
     assert found["turns"] == harness.LEAST_TURNS
     assert found["ratio"]["a"] == 1
     for name in "abc":
@@ -215,3 +217,35 @@ def test_replayed_graphs_and_peaks_on_a_gpu() -> None:
     assert harness.peak_of(step, "cuda") == pytest.approx(4 * 64 * 1000 / 2**20, abs=0.1)
     assert harness.milliseconds(step, "cuda") > 0
     assert harness.place("cuda").startswith("cuda-sm")
+
+
+def test_sources_are_read_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTSCARCE_CACHE", str(tmp_path))  # put back at the end
+    monkeypatch.setattr(bench_sources, "DECODED", 2)
+    kinds = bench_sources.sources(12)
+    contents = {
+        kind: sorted(content for _, content in source.contents()) for kind, source in kinds.items()
+    }
+    assert all(found == contents["folder"] for found in contents.values())
+    results, index = bench_sources.measure(12, 0.0), bench_sources.measure_index(30)
+    assert index["files"] == 30
+    assert index["again"] > 0
+    bench_sources.print_tables(results, index)
+    printed = capsys.readouterr().out
+    assert printed.count("| 1.00 |") >= 2
+    assert all(f"| {kind} |" in printed for kind in bench_sources.KINDS)
+
+
+def test_loaders_are_counted_from_files_and_from_the_pool(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates = {"Pillow decodes, a core": bench_data.decoded(20), "another": 1.0}
+    for name in ("fastscarce, files", "fastscarce, pool"):
+        rates[name] = bench_data.turn(bench_data.METHODS[name], 70, 0.05)
+    assert all(rate > 0 for rate in rates.values())
+    bench_data.print_table(rates)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(rates)
+    assert f"| fastscarce, pool | {rates['fastscarce, pool']:.0f} |" in lines[-1]

@@ -111,7 +111,7 @@ def test_corrupt_image(root: Path, damage: str) -> None:
     with pytest.raises(DataError, match=r"dog/bad\.jpg can't be decoded .* set on_error to skip"):
         load(f"folder:{root}")
     pool = load(f"folder:{root}", on_error="skip")
-    assert pool.skipped == ("dog/bad.jpg",)
+    assert [failure.name for failure in pool.failures] == ["dog/bad.jpg"]
     assert len(pool) == 9
     assert pool.paths is not None
     assert "dog/bad.jpg" not in pool.paths
@@ -150,3 +150,37 @@ def test_a_class_whose_every_image_is_skipped(root: Path) -> None:
 def test_refusals(root: Path, options: dict[str, object]) -> None:
     with pytest.raises(DataError, match=r"on_error|image size"):
         load(f"folder:{root}", **options)
+
+
+def test_odd_names(tmp_path: Path) -> None:
+    root = tmp_path / "a [1]{b,c} ü"
+    raw = b"\xff\xfe.png".decode("utf-8", "surrogateescape")
+    odd = ["sp ace.png", "new\nline.png", 'co,mma"q.png', "#%?.png", "x" * 240 + ".png", raw]
+    for name in odd:
+        paint(root / "10" / name, 5)
+    paint(root / "9" / "0.png", 6)
+    paint(root / "9" / ".hidden.png", 7)
+    pool = load(f"folder:{root}")
+    assert pool.classes == ("10", "9")  # names and not numbers, as they are listed
+    assert pool.paths is not None
+    assert len(pool) == 7
+    assert "10/\\xff\\xfe.png" in pool.paths  # which can be printed and written down
+    assert "10/new\nline.png" in pool.paths
+
+
+def test_images_beside_the_classes_are_unlabelled(root: Path) -> None:
+    paint(root / "loose.png", 9)
+    pool = load(f"folder:{root}")
+    assert pool.paths is not None
+    assert pool.labels[pool.paths.index("loose.png")] == -1
+
+
+def test_links_are_followed_and_loops_are_not(root: Path, tmp_path: Path) -> None:
+    paint(tmp_path / "elsewhere" / "deep" / "far.png", 9)
+    (root / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "up").symlink_to(root)
+    (root / "unlabelled" / "round").symlink_to(root / "unlabelled")
+    pool = load(f"folder:{root}")
+    assert pool.paths is not None
+    assert len(pool) == 10
+    assert pool.labels[pool.paths.index("cat/link/deep/far.png")] == 0

@@ -63,10 +63,18 @@ def test_refuses_a_pool_larger_than_memory() -> None:
 
 @pytest.mark.parametrize("spec", ["digit", "digits:x", "folder:", "csv:a.csv", ""])
 def test_unknown_source(spec: str) -> None:
-    with pytest.raises(DataError, match="must be digits, folder:PATH or idx:PATH"):
+    with pytest.raises(
+        DataError, match=r"must be digits or arrays:PATH, folder:PATH, .* or webdataset:PATH"
+    ):
         load(spec)
 
 
-def test_folder_settings_are_for_folders() -> None:
-    with pytest.raises(DataError, match="image_size is for data of the form folder:PATH"):
-        load("digits", image_size=16)
+def test_arrays_are_brought_to_a_size_too() -> None:
+    digits, larger = load("digits"), load("digits", image_size=16)
+    assert larger.images.shape == (1797, 16, 16, 1)
+    assert np.array_equal(larger.ids, digits.ids)
+    # Means of 2 by 2 pixels are near the pixel that they were made of.
+    small = larger.images[:200, ..., 0].reshape(200, 8, 2, 8, 2).mean((2, 4))
+    difference = np.abs(small - digits.images[:200, ..., 0])
+    assert difference.mean() < 16
+    assert load("digits", image_size=8).fingerprint() == digits.fingerprint()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastscarce.data import Stream
+from fastscarce.data import Stream, partner_ids
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,6 +38,47 @@ def test_each_sample_once_an_epoch_for_any_world(
     order, epoch = np.concatenate(positions), np.concatenate(epochs)
     for number in range(3):
         assert np.array_equal(np.sort(order[epoch == number]), np.arange(size))
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 70), half=st.integers(1, 20), world=st.integers(1, 4))
+def test_pairs_are_dealt_and_never_split(size: int, half: int, world: int) -> None:
+    ids = np.arange(size) * 31 + 5
+    batch = 2 * half * world
+    streams = [
+        Stream(size, seed=8, batch_size=batch, rank=r, world_size=world, pairs=True, ids=ids)
+        for r in range(world)
+    ]
+    mates = [partner_ids(ids, seed=8, view=epoch) for epoch in range(4)]
+    seen: list[list[int]] = [[] for _ in mates]
+    for step in range(-(-3 * size // batch)):
+        for stream in streams:
+            rows = stream.batch(step)
+            for place in range(len(rows.positions)):
+                epoch, position = rows.epoch[place], rows.positions[place]
+                if epoch < 3:
+                    partner = rows.positions[rows.partners[place]]
+                    assert ids[partner] == mates[epoch][position]
+                    seen[epoch].append(int(position))
+    assert all(sorted(positions) == list(range(size)) for positions in seen[:3])
+
+
+def test_pieces_keep_their_partners() -> None:
+    batch = Stream(7, seed=0, batch_size=12, pairs=True).batch(0)
+    mates = batch.positions[batch.partners]
+    pieces = [batch.piece(number, 3) for number in range(3)]
+    assert all(len(piece.positions) == 4 for piece in pieces)
+    assert np.array_equal(np.concatenate([p.positions[p.partners] for p in pieces]), mates)
+    assert np.array_equal(np.concatenate([p.view for p in pieces]), batch.view)
+
+
+def test_the_order_is_of_ids() -> None:
+    ids = np.array([40, 10, 30, 20])
+    listed = np.sort(ids)
+    for pairs in (False, True):
+        one = Stream(4, seed=0, batch_size=4, pairs=pairs, ids=ids).batch(3).positions
+        other = Stream(4, seed=0, batch_size=4, pairs=pairs, ids=listed).batch(3).positions
+        assert np.array_equal(ids[one], listed[other])
 
 
 def test_a_batch_depends_on_its_step_alone() -> None:
@@ -76,9 +119,11 @@ def test_a_repeated_sample_never_repeats_a_view() -> None:
         {"size": 5, "batch_size": 0},
         {"size": 5, "batch_size": 5, "world_size": 2},
         {"size": 5, "batch_size": 4, "world_size": 2, "rank": 2},
+        {"size": 5, "batch_size": 6, "world_size": 2, "pairs": True},
+        {"size": 5, "batch_size": 4, "ids": [1, 2]},
     ],
 )
-def test_refusals(options: dict[str, int]) -> None:
+def test_refusals(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"needs|must be"):
         Stream(seed=0, **options)
 

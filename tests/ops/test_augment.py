@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as peer
 from fastscarce.augment import OPERATIONS, PLAN, Plan, apply, draw, get_policy, plan_of
 from fastscarce.augment.table import new_table
 from fastscarce.data import load
+from fastscarce.ops import kd_loss
 from fastscarce.ops.augment import augment
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -342,6 +343,14 @@ def test_opcheck_and_compile() -> None:
 
     compiled = torch.compile(step, fullgraph=True)
     assert torch.equal(compiled(images, plan.rows, index), step(images, plan.rows, index))
+
+    def whole(plan: Plan, images: Tensor, labels: Tensor) -> Tensor:
+        logits = apply(plan, images).mean(dim=(2, 3))
+        return kd_loss(logits, None, plan.mixed_target(labels))
+
+    labels = torch.tensor([2, 0])
+    loss = torch.compile(whole, fullgraph=True)(plan, images, labels)
+    torch.testing.assert_close(loss, whole(plan, images, labels))
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_kernels_agree_with_the_cpu(build: Path) -> None:
     }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p",
-         "no:benchmark", str(FOLDER / "cases.py")],
+         "no:benchmark", str(FOLDER / "cases.py"), str(FOLDER / "augment_cases.py")],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]

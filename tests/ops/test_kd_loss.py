@@ -250,6 +250,34 @@ def test_exponential_is_accurate(isa: str, classes: int) -> None:
     assert error < 3.5 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize(("rows", "classes"), [(2200, 1001), (1100, 2101)])
+@pytest.mark.parametrize("form", ["dense", "none", "soft", "smooth"])
+def test_streamed_rows_are_those_of_a_small_batch(
+    isa: str, rows: int, classes: int, form: str
+) -> None:
+    # Above 8 MiB the gradient is streamed, a row of it while the next one is worked on; rows that
+    # are left out come between, first and last. Odd rows begin at every offset of a vector.
+    generator = torch.Generator().manual_seed(rows)
+    student, teacher, soft = (torch.randn(rows, classes, generator=generator) for _ in range(3))
+    target = torch.randint(classes, (rows,), generator=generator)
+    weight = torch.ones(rows)
+    weight[[0, 1, 7, 8, rows // 2, rows - 1]] = 0
+    options: dict[str, Any] = {"temperature": 2.0, "reduction": "sum"}
+    if form == "smooth":
+        options["label_smoothing"] = 0.1
+
+    def of(part: slice) -> Tensor:
+        given = None if form == "none" else teacher[part]
+        label = soft[part].softmax(1) if form == "soft" else target[part]
+        _, found = gradient_of(kd_loss, student[part], given, label, weight=weight[part], **options)
+        return found
+
+    whole = of(slice(None))
+    for part in (slice(None, rows // 3), slice(rows // 3, rows)):
+        assert torch.equal(whole[part], of(part))
+    assert not whole[weight == 0].any()
+
+
 def test_strided_rows(isa: str) -> None:
     student, teacher, _ = example(12, 90)
     assert teacher is not None

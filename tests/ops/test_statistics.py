@@ -117,10 +117,12 @@ def test_teacher_of_another_dtype(isa: str, dtype: torch.dtype, teacher_dtype: t
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_topk_teachers(isa: str, classes: int, tail: str) -> None:
-    for rows in (0, 1, 13):
+    wide_rows = classes > 1000  # their float64 twins take long; the narrow ones try every mixture
+    for rows in (1, 13) if wide_rows else (0, 1, 13):
         student = normal(rows, classes)
-        for k in sorted({1, min(5, classes), min(40, classes), min(1000, classes)}):
-            for temperature in (0.5, 1.0, 4.0):
+        kept = {5, 1000} if wide_rows else {1, *(min(k, classes) for k in (5, 40, 1000))}
+        for k in sorted(kept):
+            for temperature in (4.0,) if wide_rows else (0.5, 1.0, 4.0):
                 wide = topk(normal(rows, classes, 1), k)
                 single = TopK(wide.indices, wide.log_probs.float(), wide.log_tail.float())
                 half = TopK(wide.indices, wide.log_probs.half(), wide.log_tail.half())

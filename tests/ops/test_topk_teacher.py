@@ -302,6 +302,24 @@ def test_gradients_written_past_the_caches(isa: str) -> None:
         compare(torch.float32, student, teacher, target, tail=tail, temperature=2.0)
 
 
+@pytest.mark.parametrize("k", [3, 33])
+def test_streamed_lines_are_those_of_a_small_batch(isa: str, k: int) -> None:
+    # Above 8 MiB lines are streamed, corrected first where they hold a class that differs; with
+    # many such lines in a chunk (k = 33) the chunk is finished before it is streamed.
+    student, half = normal(1100, 2101).float(), 550
+    teacher = topk(normal(1100, 2101, 1).float(), k)
+    first = teacher.indices[:, 0].long()  # a label among the k
+    target = MixedTarget(first, (first + 7) % 2101, torch.linspace(0, 1, 1100))
+    for tail in TAILS:
+        options: dict[str, Any] = {"tail": tail, "temperature": 2.0, "reduction": "sum"}
+        _, whole = both(kd_loss, student, teacher, target, **options)
+        for rows in (slice(None, half), slice(half, None)):
+            record = TopK(teacher.indices[rows], teacher.log_probs[rows], teacher.log_tail[rows])
+            part = MixedTarget(target.a[rows], target.b[rows], target.lam[rows])
+            _, gradient = both(kd_loss, student[rows], record, part, **options)
+            assert torch.equal(whole[rows], gradient)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_indices_outside(isa: str, tail: str) -> None:
     student = normal(4, 20).float()

@@ -28,6 +28,7 @@ EVERY = {
     "report.html",
     "result.json",
     "curves.png",
+    "split.csv",
 }
 MODEL = {"student.safetensors", "config.json"}
 TABLE = {"pseudo_labels.parquet", "pseudo_labels.safetensors"}

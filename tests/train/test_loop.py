@@ -40,11 +40,15 @@ class Squares:
 
     def __init__(self, bad_step: int = -1) -> None:
         self.bad_step = bad_step
+        self.closed = False
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))
         out: Tensor = model(rows).square().mean()
         return out * float("nan") if step == self.bad_step else out
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -117,8 +121,10 @@ def test_a_done_stage_is_read_back(run: Run) -> None:
 
 @pytest.mark.parametrize("bad_step", [0, 3, 6])
 def test_the_first_step_without_a_finite_loss_is_named(run: Run, bad_step: int) -> None:
+    objective = Squares(bad_step)
     with pytest.raises(TrainingError, match=rf"stage is not finite at step {bad_step + 1};"):
-        fit(run, "stage", linear(), SETTINGS, Squares(bad_step))
+        fit(run, "stage", linear(), SETTINGS, objective)
+    assert objective.closed
     assert not (run.state / "stage.safetensors").exists()
 
 

@@ -14,11 +14,12 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from fastscarce.config import DataConfig, ModelConfig, RunConfig, StageConfig, StudentConfig
+from fastscarce.data import partner_ids
 from fastscarce.errors import ConfigError
 from fastscarce.ops import MixedTarget
 from fastscarce.pseudo import from_logits, select
 from fastscarce.train.objectives import SelfTraining, Supervised, mix_rows
-from fastscarce.train.run import Run, open_run
+from fastscarce.train.run import Run, derive_seed, open_run
 from fastscarce.train.task import Task, prepare
 
 
@@ -92,7 +93,7 @@ def test_student_loss_is_two_means(
     probabilities = torch.from_numpy(np.exp(labels.log_probs[rows].astype(np.float64)))
     if probability:
         plan = task.pool.draw(batch.positions, settings.augmentation, batch.view)
-        plain = task.pool.carry_out(plan, batch.positions, model)
+        plain = task.pool.carry_out(plan, task.pool.take(batch.positions), model)
         mixed = task.pool.draw(batch.positions, objective._policy, batch.view).table
         lam = torch.from_numpy(mixed["lam"].copy())
         partner = torch.arange(24) ^ 1
@@ -173,6 +174,21 @@ def test_each_labelled_image_once_an_epoch_in_any_number_of_processes(task: Task
     assert sorted(parts[0] + parts[1]) == sorted(alone)
 
 
+def test_partners_are_dealt_by_seed_and_epoch(task: Task) -> None:
+    settings = StageConfig(batch_size=8, cutmix_probability=1.0)
+    labelled = task.split.labelled
+    objective = Supervised(task.run, task.pool, labelled, settings)
+    seed = derive_seed(task.run.config.seed, "batch_size", "order")
+    epochs = [partner_ids(task.pool.ids[labelled], seed=seed, view=epoch) for epoch in range(2)]
+    mate = [dict(zip(task.pool.ids[labelled], partners, strict=True)) for partners in epochs]
+    for step in range(10):  # two epochs of 40
+        rows = objective._stream.batch(step)
+        ids = task.pool.ids[rows.positions]
+        assert [mate[e][i] for e, i in zip(rows.epoch, ids, strict=True)] == list(
+            ids[rows.partners]
+        )
+
+
 def test_batches_that_can_not_be_shared_out(task: Task, labels: Any) -> None:
     class Pieces(Run):
         config = RunConfig(gradient_accumulation_steps=3)
@@ -181,9 +197,9 @@ def test_batches_that_can_not_be_shared_out(task: Task, labels: Any) -> None:
             self.accelerator = task.run.accelerator
 
     run = Pieces()
-    with pytest.raises(ConfigError, match=r"batch_size must be a multiple .* \(1 x 3\), got 8"):
+    with pytest.raises(ConfigError, match=r"batch_size must be a multiple .* \(1 x 3 x 2\), got 8"):
         Supervised(run, task.pool, task.split.labelled, StageConfig(batch_size=8))
-    settings = StudentConfig(batch_size=9, unlabelled_batch_size=16)
+    settings = StudentConfig(batch_size=12, unlabelled_batch_size=16)
     with pytest.raises(ConfigError, match="unlabelled_batch_size must be a multiple"):
         SelfTraining(run, task.pool, task.split.labelled, labels, settings)
 

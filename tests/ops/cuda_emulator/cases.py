@@ -561,42 +561,6 @@ def test_statistics_beside_the_loss() -> None:
     same(teacher, gradient, torch.float32, 1.0)
 
 
-AUGMENT = ["randaugment(2, 9)+cutmix", "strong+cutmix", "standard+mixup", "weak", "eval"]
-
-
-@pytest.mark.parametrize("policy", AUGMENT)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_augment(channels: int, policy: str) -> None:
-    from fastscarce.augment import draw
-
-    generator = torch.Generator().manual_seed(channels)
-    for height, width in ((2, 3), (17, 20)):
-        size = (6, height, width, channels)
-        images = torch.randint(256, size, generator=generator, dtype=torch.uint8)
-        plan = draw(policy, torch.arange(12), view=3, seed=1, image_size=(height, width))
-        rows = torch.from_numpy(plan.table.view("u1").reshape(12, -1).copy())
-        index = torch.randint(6, (12,), generator=generator)
-        for pixels, channels_last, fast in ((3, False, False), (0, True, False), (1, False, True)):
-            options = ([0.4], [0.3], pixels, channels_last, fast)
-            want = cpu.augment(images, rows, index, *options)
-            for order in (0, 1):
-                emulated.set_order(order)
-                got = emulated.augment(images, rows, index, *options)
-                assert got.stride() == want.stride()
-                assert torch.equal(got, want)
-
-
-def test_augment_of_what_cannot_be_carried_out_is_black() -> None:
-    from fastscarce.augment import draw
-
-    images = torch.full((2, 5, 5, 3), 200, dtype=torch.uint8)
-    plan = draw("eval", torch.arange(3), view=0, seed=0, image_size=5).table.copy()
-    plan["operation"][2, 0] = 99
-    rows = torch.from_numpy(plan.view("u1").reshape(3, -1).copy())
-    got = emulated.augment(images, rows, torch.tensor([0, 2, 1]), [0.0], [1.0], 3, True, False)
-    assert [int(x) for x in got.float().mean((1, 2, 3))] == [200, 0, 0]
-
-
 REFUSED: list[Callable[[], object]] = [
     lambda: emulated.topk(torch.randn(2, 5000), 3000),
     lambda: emulated.confidence(torch.randn(2, 6).T, 0.5, 1.0),

@@ -1,0 +1,186 @@
+"""The part of an image that a view shows, decoded and brought to the view's size.
+
+A resized crop at a policy's beginning can be done where the image is decoded, from all of its
+pixels. The rest of the policy is drawn as it was, so that a view is the same view either way.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastscarce.augment import Policy, ResizedCrop, draw
+from fastscarce.data.decode import Header, decode_whole, inspect
+from fastscarce.errors import DataError
+
+__all__ = [
+    "WHOLE",
+    "Boxes",
+    "as_channels",
+    "crop_boxes",
+    "decode_crop",
+    "pixels_of",
+    "resize_crop",
+    "without_crop",
+]
+
+Boxes = npt.NDArray[np.float32]
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def without_crop(policy: Policy) -> Policy:
+    """The policy whose first step crops nothing, where it is a resized crop.
+
+    The step stays, because each step's draws depend on how many stand before it.
+    """
+    if not policy.steps or not isinstance(policy.steps[0], ResizedCrop):
+        return policy
+    return replace(policy, steps=(ResizedCrop(scale=(1.0, 1.0), ratio=1.0), *policy.steps[1:]))
+
+
+def crop_boxes(
+    policy: Policy,
+    ids: npt.ArrayLike,
+    *,
+    view: npt.ArrayLike,
+    seed: int,
+    image_size: tuple[int, int],
+) -> Boxes | None:
+    """What the resized crop at a policy's beginning keeps of each image.
+
+    Returns:
+        float32 ``(rows, 4)``: left, top, right and bottom as fractions of the centred region that
+        has the aspect ratio of ``image_size``; None where the policy doesn't begin so.
+
+    Raises:
+        ValueError: As `fastscarce.augment.draw` says.
+    """
+    if not policy.steps or not isinstance(policy.steps[0], ResizedCrop):
+        return None
+    first = replace(policy, steps=policy.steps[:1])
+    matrix = (
+        draw(first, ids, view=view, seed=seed, image_size=image_size).table["matrix"].reshape(-1, 6)
+    )
+    height, width = image_size
+    x, right, y, below = (matrix[:, place].astype(np.float64) for place in (0, 2, 4, 5))
+    middle = np.stack((right / width, below / height), axis=1) + 0.5
+    half = np.stack((x, y), axis=1) / 2.0
+    return np.clip(np.hstack((middle - half, middle + half)), 0.0, 1.0).astype(np.float32)
+
+
+def pixels_of(
+    box: npt.ArrayLike, *, shape: tuple[int, int], image_size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """A box in whole pixels of an image: left, top, right, bottom, at least a pixel in each axis.
+
+    Args:
+        box: Left, top, right, bottom as `crop_boxes` gives them.
+        shape: Height and width of the image.
+        image_size: Height and width of the view, whose aspect ratio the centred region has.
+    """
+    left, top, right, bottom = (float(part) for part in np.asarray(box))
+    scale = min(shape[0] / image_size[0], shape[1] / image_size[1])
+    across, down = image_size[1] * scale, image_size[0] * scale
+    x, y = (shape[1] - across) / 2.0, (shape[0] - down) / 2.0
+    first_x, last_x = _edges(x + left * across, x + right * across, shape[1])
+    first_y, last_y = _edges(y + top * down, y + bottom * down, shape[0])
+    return first_x, first_y, last_x, last_y
+
+
+def _edges(low: float, high: float, size: int) -> tuple[int, int]:
+    first = min(max(math.floor(low + 0.5), 0), size - 1)
+    return first, min(max(math.floor(high + 0.5), first + 1), size)
+
+
+def decode_crop(
+    content: bytes, box: npt.ArrayLike = WHOLE, *, image_size: tuple[int, int], channels: int
+) -> Tensor:
+    """Decode an image and bring a box of it to a size: bicubic, antialiased.
+
+    A JPEG that is shrunk to less than half is scaled while it is decoded, by powers of two.
+
+    Args:
+        content: The encoded image.
+        box: Left, top, right, bottom as `crop_boxes` gives them.
+        image_size: Height and width of the result in pixels.
+        channels: Of the result, 1 or 3.
+
+    Returns:
+        uint8 ``(height, width, channels)``.
+
+    Raises:
+        DataError: It can't be decoded. The text is the reason, without the image's name.
+    """
+    header = inspect(content)
+    if header.format == "JPEG" and header.plain and header.orientation == 1:
+        part = _part(content, header, box, image_size, channels)
+        if part is not None:
+            return _resized(part, image_size)
+    whole = decode_whole(content, grey=channels == 1)
+    return resize_crop(whole, box, image_size=image_size)
+
+
+def resize_crop(
+    image: npt.NDArray[np.uint8], box: npt.ArrayLike, *, image_size: tuple[int, int]
+) -> Tensor:
+    """Bring a box of an image, uint8 ``(height, width, channels)``, to a size."""
+    shape = (image.shape[0], image.shape[1])
+    left, top, right, bottom = pixels_of(box, shape=shape, image_size=image_size)
+    return _resized(image[top:bottom, left:right].copy(), image_size)
+
+
+def _resized(image: npt.NDArray[np.uint8], image_size: tuple[int, int]) -> Tensor:
+    part = torch.from_numpy(image)
+    if part.shape[:2] == image_size:
+        return part
+    resized = torch.nn.functional.interpolate(
+        part.permute(2, 0, 1)[None], size=image_size, mode="bicubic", antialias=True
+    )
+    return resized[0].permute(1, 2, 0)
+
+
+def _part(
+    content: bytes,
+    header: Header,
+    box: npt.ArrayLike,
+    image_size: tuple[int, int],
+    channels: int,
+) -> npt.NDArray[np.uint8] | None:
+    """The box of a plain JPEG, decoded no larger than it needs to be; None where it is broken."""
+    from PIL import Image
+
+    shape = (header.height, header.width)
+    pixels = pixels_of(box, shape=shape, image_size=image_size)
+    enough = min((pixels[2] - pixels[0]) / image_size[1], (pixels[3] - pixels[1]) / image_size[0])
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if enough >= 2.0:
+                size = (math.ceil(header.width / enough), math.ceil(header.height / enough))
+                image.draft(mode, size)
+                shape = (image.height, image.width)
+                pixels = pixels_of(box, shape=shape, image_size=image_size)
+            part = np.array(image.crop(pixels).convert(mode), dtype=np.uint8)
+    except Exception:  # `decode_whole` says what is wrong, or mends it
+        return None
+    return part.reshape(*part.shape[:2], channels)
+
+
+def as_channels(image: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
+    """An array, ``(height, width, 1 or 3)``, with so many channels.
+
+    Raises:
+        DataError: A colour image is asked to be grey.
+    """
+    if image.shape[2] == channels:
+        return image
+    if image.shape[2] == 1:
+        return np.broadcast_to(image, (*image.shape[:2], channels))
+    raise DataError(f"it has {image.shape[2]} channels, not {channels}")

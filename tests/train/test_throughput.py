@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastscarce.cli import main
+from fastscarce.config import BenchDataConfig, ModelConfig
+from fastscarce.errors import ConfigError
+from fastscarce.train.throughput import measure_data
+
+SMALL: dict[str, Any] = {"seconds": 0.05, "batch_size": 8, "workers": 0, "threads": 1, "cpu": True}
+
+
+def test_stages_and_the_bottleneck() -> None:
+    model = ModelConfig(name="small_cnn")
+    found = measure_data(BenchDataConfig(model=model, **SMALL))
+    rates = [found.read, found.decode, found.load, found.augment, found.model, found.together]
+    assert all(rate > 0 for rate in rates)
+    assert found.transfer is None
+    assert found.together <= 1.5 * min(found.load, found.augment, found.model)
+    assert found.bottleneck in ("read", "decode", "augment", "model")
+
+
+def test_a_large_model_is_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--{name}={str(value).lower()}" for name, value in SMALL.items()]
+    assert main(["bench", "data", "--model.name=resnet18", *flags]) == 0
+    *stages, bottleneck = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in stages] == [
+        "read", "decode", "read and decode", "augment", "transfer", "model", "together",
+    ]  # fmt: skip
+    assert all(line.split("images/s")[0].split()[-1] != "0" for line in stages)
+    assert bottleneck == "bottleneck: model"
+
+
+@pytest.mark.parametrize("setting", [{"seconds": 0.0}, {"batch_size": 1}, {"image_size": 0}])
+def test_refusals(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="bench data needs seconds above 0"):
+        measure_data(BenchDataConfig(**{**SMALL, **setting}))
+    with pytest.raises(ConfigError, match="policy"):
+        measure_data(BenchDataConfig(**SMALL, policy="nothing"))
