@@ -73,19 +73,22 @@ __device__ inline A finite_top(A top) {
   return top == A(-INFINITY) ? A(0) : top;
 }
 
+// A number of the student's row, and the teacher's.
+template <class A>
+struct Both {
+  A student, teacher;
+};
+
 template <class Rows>
 __global__ void __launch_bounds__(kThreads, Rows::blocks)
     dist_rows_kernel(const Call<typename Rows::A> call) {
   using A = typename Rows::A;
   constexpr int n = Rows::n;
-  struct Both {
-    A student, teacher;
-  };
   const Exponential<A> at_temperature(call.rate);
   Rows held(call.student, call.teacher, nullptr, call.classes, call.room);
   for (int64_t row = held.from_row(); row < call.rows; row += held.row_step()) {
     held.place(row);
-    Both top = {A(-INFINITY), A(-INFINITY)};
+    Both<A> top = {A(-INFINITY), A(-INFINITY)};
     held.first_sweep([&](int, const A(&s)[n], const A(&t)[n]) {
 #pragma unroll
       for (int j = 0; j < n; ++j) {
@@ -93,8 +96,8 @@ __global__ void __launch_bounds__(kThreads, Rows::blocks)
         top.teacher = maximum(top.teacher, t[j]);
       }
     });
-    top = held.group.reduce(top, [](const Both& a, const Both& b) {
-      return Both{maximum(a.student, b.student), maximum(a.teacher, b.teacher)};
+    top = held.group.reduce(top, [](const Both<A>& a, const Both<A>& b) {
+      return Both<A>{maximum(a.student, b.student), maximum(a.teacher, b.teacher)};
     });
     top = {finite_top(top.student), finite_top(top.teacher)};
     A sums[] = {A(0), A(0)};
@@ -215,25 +218,31 @@ __global__ void __launch_bounds__(kThreads, Rows::blocks)
     const DistSlope<A> along = {dist_row_mean(kept.student_inverse, A(call.classes)),
                                 dist_row_mean(kept.teacher_inverse, A(call.classes)), kept.student,
                                 kept.teacher};
-    // f(j, q, slope) of the elements of a chunk that are in the row.
-    const auto over = [&](int from, const A(&s)[n], const A(&t)[n], auto f) {
+    // Probabilities and slopes of a chunk; 0 outside the row.
+    const auto slopes_of = [&](int from, const A(&s)[n], const A(&t)[n], A(&q)[n], A(&slope)[n]) {
 #pragma unroll
       for (int j = 0; j < n; ++j) {
+        q[j] = slope[j] = A(0);
         if (from + j < 0 || from + j >= held.classes) continue;
-        const A q = probability(at_temperature(s[j] - kept.student_max), kept.student_inverse);
+        q[j] = probability(at_temperature(s[j] - kept.student_max), kept.student_inverse);
         const A p = probability(at_temperature(t[j] - kept.teacher_max), kept.teacher_inverse);
-        f(j, q, dist_slope(along, q, p) + dist_slope(call.slopes[from + j], q, p));
+        slope[j] = dist_slope(along, q[j], p) + dist_slope(call.slopes[from + j], q[j], p);
       }
     };
     A dot[] = {A(0)};
     held.first_sweep([&](int from, const A(&s)[n], const A(&t)[n]) {
-      over(from, s, t, [&](int, A q, A slope) { dot[0] += q * slope; });
+      A q[n], slope[n];
+      slopes_of(from, s, t, q, slope);
+#pragma unroll
+      for (int j = 0; j < n; ++j) dot[0] += q[j] * slope[j];
     });
     held.group.sum(dot);
     held.sweep([&](int from, const A(&s)[n], const A(&t)[n]) {
-      A g[n] = {};
-      over(from, s, t, [&](int j, A q, A slope) { g[j] = q * (slope - dot[0]); });
-      held.store(from, g);
+      A q[n], slope[n];
+      slopes_of(from, s, t, q, slope);
+#pragma unroll
+      for (int j = 0; j < n; ++j) slope[j] = q[j] * (slope[j] - dot[0]);
+      held.store(from, slope);
     });
   }
   held.group.leave();
@@ -253,6 +262,20 @@ __global__ void __launch_bounds__(kThreads)
   *loss = A((call.inter ? call.factors.row_loss * rows : 0) +
             (call.intra ? call.factors.column_loss * columns : 0));
   *factor = A(call.factors.factor);
+}
+
+// The statistics of the rows, or their gradients. Of Rows that compute in A: others never come.
+template <class Rows, class A>
+void launch_over_rows(Type<Rows>, Call<A> call, const Device& device, cudaStream_t stream,
+                      bool gradients) {
+  if constexpr (std::is_same_v<typename Rows::A, A>) {
+    const RowsLaunch launch = launch_of<Rows>(call.rows, call.classes, device, kMostRowBlocks);
+    call.room = launch.room;
+    if (gradients)
+      launch_kernel("dist_loss", dist_gradient_kernel<Rows>, launch.grid, stream, call);
+    else
+      launch_kernel("dist_loss", dist_rows_kernel<Rows>, launch.grid, stream, call);
+  }
 }
 
 template <class A>
@@ -285,32 +308,19 @@ void run(const Tensor& student, const Tensor& teacher, double temperature, doubl
   call.row_losses = static_cast<double*>(losses.mutable_data_ptr());
   call.column_losses = call.row_losses + call.rows;
   call.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
-  // f(Rows, launch) of the rows' kernels.
-  const auto over_rows = [&](auto f) {
-    with_two_rows<Kinds::few>(call.student, call.teacher, call.classes, [&](auto type) {
-      using Rows = typename decltype(type)::type;
-      if constexpr (std::is_same_v<typename Rows::A, A>) {
-        const RowsLaunch launch = launch_of<Rows>(call.rows, call.classes, device, kMostRowBlocks);
-        call.room = launch.room;
-        f(type, launch.grid);
-      }
+  const auto over_rows = [&](bool gradients) {
+    with_two_rows<Kinds::few>(call.student, call.teacher, call.classes, [&](auto rows) {
+      launch_over_rows(rows, call, device, stream, gradients);
     });
   };
   if (call.rows > 0) {
-    over_rows([&](auto type, const Grid& grid) {
-      launch_kernel("dist_loss", dist_rows_kernel<typename decltype(type)::type>, grid, stream,
-                    call);
-    });
+    over_rows(false);
     const dim3 pieces(unsigned((call.classes + kColumns - 1) / kColumns),
                       unsigned(std::min(call.pieces, kMostPieces)));
     launch_kernel("dist_loss", dist_sums_kernel<A>, {pieces, kThreads}, stream, call);
     const unsigned columns = unsigned((call.classes + kThreads - 1) / kThreads);
     launch_kernel("dist_loss", dist_columns_kernel<A>, {columns, kThreads}, stream, call);
-    if (with_gradient)
-      over_rows([&](auto type, const Grid& grid) {
-        launch_kernel("dist_loss", dist_gradient_kernel<typename decltype(type)::type>, grid,
-                      stream, call);
-      });
+    if (with_gradient) over_rows(true);
   }
   launch_kernel("dist_loss", dist_loss_kernel<A>, {1, kThreads}, stream, call,
                 static_cast<A*>(loss.mutable_data_ptr()),
@@ -325,8 +335,10 @@ std::tuple<Tensor, Tensor, Tensor> dist_loss(Tensor student, Tensor teacher, dou
   const ScalarType loss_type = dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor gradient = empty_of(student, with_gradient ? student.size(0) : 0, student.size(1));
   Tensor loss = empty_of(student, -1, -1, loss_type), factor = empty_of(student, -1, -1, loss_type);
-  const auto run_in = dtype == Dtype::float64 ? run<double> : run<float>;
-  run_in(student, teacher, temperature, inter, intra, gradient, with_gradient, loss, factor);
+  if (dtype == Dtype::float64)
+    run<double>(student, teacher, temperature, inter, intra, gradient, with_gradient, loss, factor);
+  else
+    run<float>(student, teacher, temperature, inter, intra, gradient, with_gradient, loss, factor);
   return {loss, gradient, factor};
 }
 

@@ -107,8 +107,7 @@ struct DivergenceLoss {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (i >= members.count) continue;
-        members.logit[i] = {held.first_at(members.index[i]),
-                            element<A>(call.teacher, held.row, members.index[i])};
+        members.logit[i] = {held.first_at(members.index[i]), held.second_at(members.index[i])};
         whole_max = maximum(whole_max, members.logit[i].student);
       }
     // f(from, s, t, s with the labels) of each chunk.

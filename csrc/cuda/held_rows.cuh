@@ -221,10 +221,9 @@ struct HeldRows {
     }
   }
 
-  __device__ A first_at(int64_t i) const {
-    if constexpr (converts) return element<A>(first_matrix, row, i);
-    return A(number(first[i]));
-  }
+  // One element, which a sweep has brought near or will need.
+  __device__ A first_at(int i) const { return at(first_matrix, i); }
+  __device__ A second_at(int i) const { return at(second_matrix, i); }
 
   __device__ void store(int from, const A (&values)[n]) const {
     // float64 is the wider of any two.
@@ -243,6 +242,14 @@ struct HeldRows {
   }
 
  private:
+  __device__ A at(const Matrix& matrix, int i) const {
+    if constexpr (!converts)
+      return A(number(static_cast<const S*>(matrix.data)[row * matrix.row_stride + i]));
+    A out;
+    with_row(matrix, row, [&](const auto* data) { out = A(number(data[i])); });
+    return out;
+  }
+
   template <class T>
   __device__ void put_all(int from, const A (&values)[n]) const {
     T* const to = static_cast<T*>(written) + row * classes;

@@ -7,6 +7,7 @@ kernels, not what a GPU's compiler and memory make of them.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,17 @@ def test_the_emulator_refuses(build: Path, name: str, message: str) -> None:
     done = _self_test(build, name)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_no_launcher_waits_for_the_device() -> None:
+    """What a CUDA graph can't capture: a launcher that waits, copies to the host, or allocates
+    other than by torch."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu*"))
+    assert sources
+    refused = re.compile(r"\bcuda\w*Synchronize|\bcudaMemcpy|\bcudaMalloc|\bcudaFree|\bitem\(")
+    found = [f"{source.name}: {line}" for source in sources
+             for line in source.read_text().splitlines() if refused.search(line)]  # fmt: skip
+    assert found == []
 
 
 @pytest.mark.timeout(1800)
