@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastscarce.augment.philox import keyed_order
-from fastscarce.data import Source, decode, open_source
+from fastscarce.data import Source, decode_crop, open_source
 
 IMAGES, HEIGHT, WIDTH, SIDE = 2000, 375, 500, 224
 READ, DECODED = 256, 32  # images of a batch
@@ -116,7 +116,7 @@ def step(source: Source, *, decoded: bool) -> Step:
         place += rows
         for content in source.read(positions):
             if decoded:
-                decode(bytes(content), height=SIDE, width=SIDE, grey=False)
+                decode_crop(bytes(content), image_size=(SIDE, SIDE), channels=3)
 
     return run
 

@@ -26,6 +26,8 @@ inline int32_t type_of(ScalarType dtype) {
       return aoti_torch_dtype_int64();
     case ScalarType::Bool:
       return aoti_torch_dtype_bool();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
     default:
       return aoti_torch_dtype_float32();
   }

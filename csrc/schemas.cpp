@@ -44,6 +44,8 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
       "-> (Tensor student_label, Tensor teacher_label, Tensor confidence, Tensor entropy, "
       "Tensor agreement)");
   m.def("topk(Tensor logits, int k) -> (Tensor indices, Tensor log_probs, Tensor log_tail)");
+  // Rows of the teacher's table, uint8; codes: u8 codes for float16 values; tags: int64 (rows,).
+  m.def("pack_topk(Tensor logits, int k, bool codes, Tensor? tags) -> Tensor");
   m.def(
       "confidence(Tensor logits, float threshold, float temperature) -> (Tensor label, "
       "Tensor confidence, Tensor margin, Tensor entropy, Tensor mask)");

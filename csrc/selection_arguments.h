@@ -19,6 +19,15 @@ inline void check_topk_arguments(const Tensor& logits, int64_t k) {
   check(k >= 1 && k <= logits.size(1), "topk", "k in 1 to classes");
 }
 
+inline void check_pack_arguments(const Tensor& logits, int64_t k,
+                                 const std::optional<Tensor>& tags) {
+  check_logits(logits, "pack_topk");
+  check(k >= 1 && k <= logits.size(1), "pack_topk", "k in 1 to classes");
+  check(!tags || (tags->dim() == 1 && tags->size(0) == logits.size(0) && tags->is_contiguous() &&
+                  tags->scalar_type() == ScalarType::Long && tags->is_cuda() == logits.is_cuda()),
+        "pack_topk", "contiguous int64 tags (rows,) on the logits' device");
+}
+
 inline void check_confidence_arguments(const Tensor& logits, double temperature) {
   check_logits(logits, "confidence");
   check(temperature > 0, "confidence", "a positive temperature");

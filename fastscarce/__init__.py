@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import fastscarce.augment as augment
+    import fastscarce.cache as cache
     import fastscarce.data as data
     import fastscarce.models as models
     import fastscarce.ops as ops
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import fastscarce.report as report
     import fastscarce.train as train
 
-__all__ = ["__version__", "augment", "data", "models", "ops", "pseudo", "report", "train"]
+__all__ = ["__version__", "augment", "cache", "data", "models", "ops", "pseudo", "report", "train"]
 
 __version__ = "0.1.0"
 

@@ -176,7 +176,7 @@ for _name in ("kd_loss", "kd_loss_topk", "dist_loss"):
 torch.library.register_autograd("fastscarce::kd_loss_backward", _no_second_gradient)
 
 
-# ---- topk, confidence
+# ---- topk, pack_topk, confidence
 
 
 @torch.library.register_fake("fastscarce::topk")
@@ -188,6 +188,19 @@ def _topk_fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         logits.new_empty((rows, k), dtype=dtype),
         logits.new_empty((rows,), dtype=dtype),
     )
+
+
+_DENSE_CLASSES, _SHORT_CLASSES = 256, 65536  # csrc/math/record.h
+
+
+@torch.library.register_fake("fastscarce::pack_topk")
+def _pack_topk_fake(logits: Tensor, k: int, codes: bool, tags: Tensor | None) -> Tensor:
+    rows, classes = logits.shape
+    dense = k == classes and classes <= _DENSE_CLASSES
+    index_bytes = 0 if dense else 4 if classes > _SHORT_CLASSES else 2
+    rest = 2 * codes + 2 * (not dense) + 4 * (tags is not None)
+    stride = k * (index_bytes + (1 if codes else 2)) + rest
+    return logits.new_empty((rows, stride), dtype=torch.uint8)
 
 
 @torch.library.register_fake("fastscarce::confidence")

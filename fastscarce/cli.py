@@ -19,6 +19,13 @@ from typing import Any, NoReturn
 
 from fastscarce.config import (
     BenchDataConfig,
+    CacheBuildConfig,
+    CacheCompactConfig,
+    CacheDiffConfig,
+    CacheExportConfig,
+    CacheGcConfig,
+    CacheInfoConfig,
+    CacheVerifyConfig,
     DistillConfig,
     FinetuneConfig,
     LabelCommandConfig,
@@ -36,7 +43,15 @@ COMMANDS: dict[str, type] = {
     "distill": DistillConfig,
     "show-augment": ShowAugmentConfig,
     "bench-data": BenchDataConfig,
+    "cache build": CacheBuildConfig,
+    "cache verify": CacheVerifyConfig,
+    "cache info": CacheInfoConfig,
+    "cache compact": CacheCompactConfig,
+    "cache export": CacheExportConfig,
+    "cache gc": CacheGcConfig,
+    "cache diff": CacheDiffConfig,
 }
+_CACHE = "cache"
 _SHOW = "show-augment"
 _BENCH_DATA = "bench-data"
 _DOCTOR = "doctor"
@@ -61,11 +76,37 @@ def _flags(config: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config) if field.type in (bool, "bool")}
 
 
+def _command_of(arguments: Sequence[str]) -> str | None:
+    """The command that is typed, by its key in `COMMANDS`."""
+    words = list(arguments)
+    for place, word in enumerate(words):
+        two = f"{word} {words[place + 1]}" if place + 1 < len(words) else word
+        if two in COMMANDS or word in COMMANDS:
+            return two if two in COMMANDS else word
+    return None
+
+
+def _named(arguments: Sequence[str]) -> list[str]:
+    """``cache info PATH`` for ``cache info --path PATH``, and ``cache diff A B``."""
+    words = list(arguments)
+    command = _command_of(words)
+    if command is None or not command.startswith(f"{_CACHE} "):
+        return words
+    names = [field.name for field in dataclasses.fields(COMMANDS[command])]
+    place = words.index(_CACHE) + 2
+    for name in ("path", "other"):
+        if name in names and place < len(words) and not words[place].startswith("-"):
+            words[place : place + 1] = [f"--{name}", words[place]]
+            place += 2
+    return words
+
+
 def _normalised(arguments: Sequence[str]) -> list[str]:
     """Accept ``--labels-per-class`` for ``--labels_per_class``, and ``--resume`` for ``=true``."""
     if list(arguments[:2]) == ["bench", "data"]:
         arguments = [_BENCH_DATA, *arguments[2:]]
-    command = next((word for word in arguments if word in COMMANDS), None)
+    arguments = _named(arguments)
+    command = _command_of(arguments)
     switches = _flags(COMMANDS[command]) if command else set()
     result: list[str] = []
     for place, word in enumerate(arguments):
@@ -81,6 +122,17 @@ def _normalised(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def _of_config(config: type) -> tuple[str, Any]:
+    """A command's summary and its parser."""
+    from jsonargparse import ArgumentParser
+
+    summary = (config.__doc__ or "").splitlines()[0]
+    command = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
+    command.add_argument("--config", action="config", help="YAML file of settings.")
+    command.add_class_arguments(config, nested_key=None)
+    return summary, command
+
+
 def _parser() -> Any:
     from jsonargparse import ArgumentParser
 
@@ -91,12 +143,19 @@ def _parser() -> Any:
         allow_abbrev=False,
     )
     commands = parser.add_subcommands(dest="command")
+    # A level after the other, as jsonargparse has it.
     for name, config in COMMANDS.items():
-        summary = (config.__doc__ or "").splitlines()[0]
-        command = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
-        command.add_argument("--config", action="config", help="YAML file of settings.")
-        command.add_class_arguments(config, nested_key=None)
-        commands.add_subcommand(name, command, help=summary)
+        if " " not in name:
+            summary, command = _of_config(config)
+            commands.add_subcommand(name, command, help=summary)
+    summary = "Make and look at a teacher's table."
+    tables = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
+    commands.add_subcommand(_CACHE, tables, help=summary)
+    actions = tables.add_subcommands(dest="action")
+    for name, config in COMMANDS.items():
+        if " " in name:
+            summary, command = _of_config(config)
+            actions.add_subcommand(name.split()[1], command, help=summary)
     doctor = ArgumentParser(
         description="Print what this machine has, and the cure for what is broken.",
         exit_on_error=False,
@@ -109,7 +168,7 @@ def _parser() -> Any:
 def _explained(error: Exception, arguments: Sequence[str]) -> ConfigError:
     """The parser's complaint as one sentence; an unknown setting with the nearest known one."""
     text = " ".join(str(error).split())
-    command = next((word for word in arguments if word in COMMANDS), None)
+    command = _command_of(arguments)
     unknown = re.search(r"(?:does not accept option '|unrecognized arguments: -*)([\w.\-]+)", text)
     if unknown and command:
         known = _keys(COMMANDS[command])
@@ -118,7 +177,10 @@ def _explained(error: Exception, arguments: Sequence[str]) -> ConfigError:
         return ConfigError(f"{command} has no setting {unknown[1]!r}; {hint}")
     wrong = re.search(r"invalid choice: '([^']+)'", text)
     if wrong and command is None:
-        near = difflib.get_close_matches(wrong[1], [*COMMANDS, _DOCTOR], n=1)
+        known = [*COMMANDS, _CACHE, _DOCTOR]
+        if _CACHE in arguments:
+            known = [name.split()[1] for name in COMMANDS if name.startswith(_CACHE)]
+        near = difflib.get_close_matches(wrong[1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else "see fastscarce --help."
         return ConfigError(f"There is no command {wrong[1]!r}; {hint}")
     return ConfigError(text if text.endswith(".") else f"{text}.")
@@ -135,6 +197,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any]:
     if command == _DOCTOR:
         return command, None
     values = parser.instantiate(namespace)[command]
+    if command == _CACHE:
+        command = f"{_CACHE} {values.action}"
+        values = values[values.action]
     fields = dataclasses.fields(COMMANDS[command])
     return command, COMMANDS[command](**{field.name: values[field.name] for field in fields})
 
@@ -159,6 +224,49 @@ def _train(command: str, config: Any) -> int:
         run.say(f"done in {result['seconds']:.0f} s: {run.folder / 'report.html'}")
     finally:
         run.close()
+    return 0
+
+
+def _table(command: str, config: Any) -> int:
+    """Run a command about tables; 1 where a table is not sound."""
+    import yaml
+
+    from fastscarce import cache, train
+
+    match command:
+        case "cache build":
+            built = train.build_table(config, print)
+            state = f"{built.missing} missing" if built.missing else "complete"
+            print(f"{built.folder}: {built.written} rows written, {built.kept} were there, {state}")
+        case "cache verify":
+            found = train.verify_table(config, print)
+            for problem in found.problems:
+                print(problem)
+            print(f"{found.folder}: {found.rows} sound rows, {found.missing} missing")
+            if found.deep is not None:
+                deep = found.deep
+                print(
+                    f"asked again about {deep.rows} rows: KL {deep.kl:.2e} nats, {deep.flips} other"
+                    f" first classes; twice: {deep.control_kl:.2e}, {deep.control_flips}"
+                )
+            return 0 if found.sound else 1
+        case "cache info":
+            print(yaml.safe_dump(cache.info(config.path), sort_keys=False).rstrip())
+        case "cache compact":
+            before, after = cache.compact(config.path, rows_per_shard=config.rows_per_shard)
+            print(f"{before} shards became {after}")
+        case "cache gc":
+            print("\n".join(cache.gc(config.path)) or "there was nothing to drop")
+        case "cache export":
+            print(f"{cache.export_parquet(config.path, config.out)} rows: {config.out}")
+        case _:
+            other = cache.diff(config.path, config.other)
+            print(f"made of the same but for: {', '.join(other.keys) or 'nothing'}")
+            kl = "" if other.kl is None else f", KL {other.kl:.2e} nats"
+            print(
+                f"{other.shared} rows in both, {other.equal} of them equal, {other.flips} with "
+                f"another first class{kl}"
+            )
     return 0
 
 
@@ -188,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(show_augment(config))
             return 0
+        if command.startswith(_CACHE):
+            return _table(command, config)
         return _train(command, config)
     except Interrupted as error:
         print(str(error), file=sys.stderr)

@@ -10,6 +10,13 @@ from typing import Any, Literal
 
 __all__ = [
     "BenchDataConfig",
+    "CacheBuildConfig",
+    "CacheCompactConfig",
+    "CacheDiffConfig",
+    "CacheExportConfig",
+    "CacheGcConfig",
+    "CacheInfoConfig",
+    "CacheVerifyConfig",
     "DataConfig",
     "DistillConfig",
     "FinetuneConfig",
@@ -21,6 +28,7 @@ __all__ = [
     "ShowAugmentConfig",
     "StageConfig",
     "StudentConfig",
+    "TeacherConfig",
     "to_dict",
 ]
 
@@ -137,8 +145,11 @@ class StudentConfig(StageConfig):
 
     Attributes:
         unlabelled_batch_size: Pseudo-labelled rows a step.
-        alpha: Weight of the distillation term; the labels' cross entropy has the rest.
+        alpha: Weight of the distillation term; the labels' cross entropy has the rest. At 1 the
+            labelled rows are left out.
         temperature: What student and teacher logits are divided by.
+        loss: Of the distillation: `kl`, `hard` (cross entropy with the teacher's first class) or
+            `dkd`, which tells the label's class from the rest.
     """
 
     learning_rate: float = 0.2
@@ -146,6 +157,7 @@ class StudentConfig(StageConfig):
     unlabelled_batch_size: int = 192
     alpha: float = 0.5
     temperature: float = 1.0
+    loss: Literal["kl", "hard", "dkd"] = "kl"
 
 
 @dataclass
@@ -259,19 +271,177 @@ class LabelCommandConfig(DataConfig, RunConfig):
 
 
 @dataclass
-class DistillConfig(DataConfig, RunConfig):
-    """Train a student on labelled and pseudo-labelled images.
+class TeacherConfig:
+    """Who teaches.
 
     Attributes:
+        teacher: A result folder, a timm name or `local-dir:PATH`; several, joined by commas, are
+            an ensemble: the mean of their probabilities.
+        teacher_precision: Of the teacher's forward pass.
+        teacher_image_size: Side in pixels that views are brought to for the teacher. `null` is the
+            one that it was trained at.
+        class_map: JSON or YAML file of the teacher's class, or classes, for each class of the data.
+    """
+
+    teacher: str = "runs/finetune"
+    teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    teacher_image_size: int | None = None
+    class_map: str | None = None
+
+
+@dataclass
+class DistillConfig(DataConfig, RunConfig, TeacherConfig):
+    """Train a student on labelled images, and on what a teacher says of all.
+
+    What it says is read from a table of `cache build`, asked of the teacher itself, or is the
+    pseudo-labels of `label` where neither is given.
+
+    Attributes:
+        cache: Table, or folder of tables, of the same data and seed.
+        teacher: As of `cache build`. With `cache` it says what the table lacks. Empty: none.
         labels: Result folder of `label`.
+        policy: Of the views that the teacher sees. `null` is the table's; without a table
+            `student.augmentation`.
+        views: After how many epochs an image's first view comes again. `null`: as many as the table
+            has; without a table never.
+        k: Classes that a teacher without a table is heard of; `null` is 16, or all where fewer.
+        preset: `consistent` (the same views for both, KL alone, at least 30 epochs), `deit` (cross
+            entropy with labels and with the teacher's first class, half and half) or `dkd` (at
+            T = 4), which set the student's `alpha`, `loss`, `temperature` and `steps`.
+        allow_mismatch: Keys, joined by commas, that the table may differ in from this run.
         model: The student's network.
         student: How it is trained.
     """
 
     out: str = "runs/distill"
+    cache: str | None = None
+    teacher: str = ""
     labels: str = "runs/labels"
+    policy: str | None = None
+    views: int | None = None
+    k: int | None = None
+    preset: Literal["none", "consistent", "deit", "dkd"] = "none"
+    allow_mismatch: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+
+
+@dataclass
+class TableConfig(DataConfig, TeacherConfig):
+    """What a teacher's table is of.
+
+    Attributes:
+        seed: Of the data's split and of the views, as of the runs that will read the table.
+        allow_mismatch: Keys, joined by commas, that a table may differ in from what it is to be of.
+        cpu: Use the CPU even where there is a GPU.
+        threads: CPU threads of a process. `null` leaves PyTorch's choice.
+    """
+
+    seed: int = 0
+    allow_mismatch: str = ""
+    cpu: bool = False
+    threads: int | None = None
+
+
+@dataclass
+class CacheBuildConfig(TableConfig):
+    """Ask a teacher about views of the training images, and keep what it says.
+
+    Attributes:
+        out: Folder of tables; this one's is named by its fingerprint.
+        policy: Of the views, without mixing: a student mixes the rows of two views by its plan.
+        views: Of each image. Students that train for more epochs go round.
+        k: Classes kept a row; all where there are fewer.
+        codec: Of the log-probabilities.
+        tagged: Keep four bytes with each row by which a student sees that it draws the same view.
+        teacher_batch_size: Rows of a forward pass.
+        rows_per_shard: After how many rows a file is closed; a process that dies loses as many.
+    """
+
+    out: str = "runs/table"
+    policy: str = "standard"
+    views: int = 10
+    k: int = 16
+    codec: Literal["float16", "uint8"] = "float16"
+    tagged: bool = False
+    teacher_batch_size: int = 256
+    rows_per_shard: int = 65536
+
+
+@dataclass
+class CacheVerifyConfig(TableConfig):
+    """Compare every byte of a table with its checksum.
+
+    Attributes:
+        path: Of the table.
+        deep: Rows that the teacher is asked about again.
+    """
+
+    path: str = "runs/table"
+    deep: int = 0
+
+
+@dataclass
+class CacheInfoConfig:
+    """Print what a table is of, and how much of it is there.
+
+    Attributes:
+        path: Of the table.
+    """
+
+    path: str = "runs/table"
+
+
+@dataclass
+class CacheGcConfig:
+    """Drop what a kill left half, and damaged shards, whose rows `cache build` makes again.
+
+    Attributes:
+        path: Of the table.
+    """
+
+    path: str = "runs/table"
+
+
+@dataclass
+class CacheCompactConfig:
+    """Join small shards into full ones.
+
+    Attributes:
+        path: Of the table.
+        rows_per_shard: Rows of a full shard.
+    """
+
+    path: str = "runs/table"
+    rows_per_shard: int = 65536
+
+
+@dataclass
+class CacheExportConfig:
+    """Write a table's rows for other programs.
+
+    Attributes:
+        path: Of the table.
+        to: The format.
+        out: The file.
+    """
+
+    path: str = "runs/table"
+    to: Literal["parquet"] = "parquet"
+    out: str = "table.parquet"
+
+
+@dataclass
+class CacheDiffConfig:
+    """Say what two tables differ in, and by how much the rows that both have.
+
+    Attributes:
+        path: Of the first table.
+        other: Of the second.
+    """
+
+    path: str = "runs/table"
+    other: str = "runs/other-table"
 
 
 @dataclass

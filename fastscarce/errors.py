@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CacheError",
     "ConfigError",
     "DataError",
     "FastscarceError",
@@ -15,6 +16,10 @@ __all__ = [
 
 class FastscarceError(Exception):
     """Base of every error that a user can mend; a command prints it and exits with 2."""
+
+
+class CacheError(FastscarceError):
+    """A teacher's table is missing, damaged, in use, incomplete or was made of something else."""
 
 
 class ConfigError(FastscarceError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastscarce.errors import ResultsError
 
-__all__ = ["write_whole"]
+__all__ = ["flush", "write_whole"]
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -33,9 +33,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(place)
-        _flush(place.parent)
+        flush(place.parent)
     except OSError as error:
         raise ResultsError(
             f"{place} could not be written ({error.strerror or error}); "
@@ -47,8 +47,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     return place
 
 
-def _flush(path: Path) -> None:
-    """Ask the system to have ``path``, a file or a folder, on the disk before going on."""
+def flush(path: Path) -> None:
+    """Wait until ``path``, a file or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,6 +9,7 @@ import pytest
 PACKAGES = [
     "fastscarce",
     "fastscarce.augment",
+    "fastscarce.cache",
     "fastscarce.data",
     "fastscarce.models",
     "fastscarce.ops",

@@ -28,13 +28,14 @@ PLACES = {
     "tensorboard": {"train"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "pyarrow": {"pseudo", "data"},
+    "pyarrow": {"cache", "data", "pseudo"},
     "sklearn": {"data"},
     "torchvision": {"augment", "data", "models"},
     "rich": {"cli", "doctor", "train.progress"},
     "jsonargparse": {"cli", "config"},
     "numba": {"augment", "data", "cache", "pseudo"},
     "safetensors": {"cache", "models", "pseudo", "train"},
+    "xxhash": {"cache"},
 }
 # Only ever inside a function: costly to import, or absent on some machines.
 LAZY = {"kornia", "nvidia", "timm", "accelerate", "tensorboard", "sklearn", "rich", "torchvision"}

@@ -6,13 +6,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <tuple>
+#include <vector>
 
 #include "../selection_arguments.h"
 #include "isa.h"
 #include "tensors.h"
 
 namespace fastscarce::cpu {
+
+#include "../math/record.h"
+
 SelectionKernels selection_kernels(Dtype dtype) {
   const bool float64 = dtype == Dtype::float64;
 #if defined(__x86_64__)
@@ -57,6 +63,65 @@ std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   return {indices, log_probs, log_tail};
 }
 
+// Rows [begin, end) as bytes. What topk makes of a few rows stays in a cache until it is packed.
+template <class A>
+void pack_rows(const TopKCall& call, const RecordLayout& layout, const SelectionKernels& run,
+               const int64_t* tags, uint8_t* records, int64_t begin, int64_t end) {
+  constexpr int64_t kRows = 16;
+  const int64_t size = call.logits.dtype == Dtype::float64   ? 8
+                       : call.logits.dtype == Dtype::float32 ? 4
+                                                             : 2;
+  std::vector<int32_t> indices(size_t(kRows * call.k));
+  std::vector<A> log_probs(size_t(kRows * call.k)), tails(kRows);
+  TopKCall part = call;
+  part.indices = indices.data();
+  part.log_probs = log_probs.data();
+  part.log_tail = tails.data();
+  for (int64_t first = begin; first < end; first += kRows) {
+    part.logits.data =
+        static_cast<const char*>(call.logits.data) + first * call.logits.row_stride * size;
+    const int64_t rows = std::min(kRows, end - first);
+    run.topk(part, 0, rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int32_t* const index = indices.data() + row * call.k;
+      const A* const values = log_probs.data() + row * call.k;
+      uint8_t* const record = records + (first + row) * layout.stride;
+      uint32_t scale = 0;
+      if (layout.codes) {
+        int64_t last = call.k - 1;
+        while (last > 0 && std::isinf(values[last])) --last;
+        scale = record_scale(std::isinf(values[last]) ? 0.0f : float(values[last]));
+      }
+      for (int32_t i = 0; i < layout.k; ++i)
+        put_class(record, layout, i, index[i], float(values[i]), scale);
+      put_rest(record, layout, float(tails[size_t(row)]), scale,
+               tags ? uint32_t(tags[first + row]) : 0);
+    }
+  }
+}
+
+Tensor pack_topk(Tensor logits, int64_t k, bool codes, std::optional<Tensor> tags) {
+  check_pack_arguments(logits, k, tags);
+  const int64_t rows = logits.size(0);
+  TopKCall call;
+  call.logits = matrix_of(logits, "pack_topk");
+  call.classes = logits.size(1);
+  call.k = k;
+  const RecordLayout layout = record_layout(call.classes, k, codes, tags.has_value());
+  Tensor records = empty_of(logits, rows, layout.stride, ScalarType::Byte);
+  uint8_t* const to = static_cast<uint8_t*>(records.mutable_data_ptr());
+  const int64_t* const tag = tags ? static_cast<const int64_t*>(tags->const_data_ptr()) : nullptr;
+  const SelectionKernels run = selection_kernels(call.logits.dtype);
+  const bool float64 = call.logits.dtype == Dtype::float64;
+  over_rows(rows, call.classes, [&](int64_t begin, int64_t end) {
+    if (float64)
+      pack_rows<double>(call, layout, run, tag, to, begin, end);
+    else
+      pack_rows<float>(call, layout, run, tag, to, begin, end);
+  });
+  return records;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, double threshold,
                                                               double temperature) {
   check_confidence_arguments(logits, temperature);
@@ -89,5 +154,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
 
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, CPU, m) {
   m.impl("topk", TORCH_BOX(&fastscarce::cpu::topk));
+  m.impl("pack_topk", TORCH_BOX(&fastscarce::cpu::pack_topk));
   m.impl("confidence", TORCH_BOX(&fastscarce::cpu::confidence));
 }

@@ -1,10 +1,11 @@
-// topk and confidence on a GPU, over rows that are read once (held_rows.cuh).
+// topk, pack_topk and confidence on a GPU, over rows that are read once (held_rows.cuh).
 //
 // topk finds the k-th largest logit by its bits, eight at a time from the highest: a histogram in
 // shared memory of those that agree so far, a round a byte that the dtype has, whatever k is. Where
 // more logits equal it than are wanted, more rounds find the last index among them. The k are then
 // collected in any order and sorted in shared memory. Counts are integers and every sum has a fixed
-// order: the result is the same each time.
+// order: the result is the same each time. pack_topk is the same kernel with another end: bytes of
+// a teacher's table.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 
@@ -23,6 +24,7 @@ namespace {
 // clang-format off: each needs those before it
 #include "../math/kd_row.h"
 #include "../math/selection.h"
+#include "../math/record.h"
 #include "block.cuh"
 #include "chunks.cuh"
 #include "exponential.cuh"
@@ -118,6 +120,10 @@ struct TopKCall {
   int32_t* indices;
   void* log_probs;
   void* log_tail;
+  // Of rows as bytes.
+  uint8_t* records;
+  RecordLayout layout;
+  const int64_t* tags;
 };
 
 // In shared memory, beside the row. `found`: of the k, in this block.
@@ -161,7 +167,31 @@ __device__ inline void sort(const TopKMemory<Key>& memory, int count) {
     }
 }
 
-template <class Rows>
+// A row as bytes, by all threads of a block.
+template <class A, class Key>
+__device__ inline void put_record(const TopKCall& call, int64_t row, const TopKMemory<Key>& memory,
+                                  const TopKRow<A>& whole) {
+  __shared__ uint32_t scale;
+  uint8_t* const record = call.records + row * call.layout.stride;
+  const auto log_prob = [&](int i) {
+    return float(topk_log_prob(whole, logit_of(memory.keys[i])));
+  };
+  if (threadIdx.x == 0) {
+    scale = 0;
+    if (call.layout.codes) {
+      int lowest = call.k - 1;
+      while (lowest > 0 && isinf(log_prob(lowest))) --lowest;
+      scale = record_scale(isinf(log_prob(lowest)) ? 0.0f : log_prob(lowest));
+    }
+    put_rest(record, call.layout, float(whole.log_tail), scale,
+             call.tags ? uint32_t(call.tags[row]) : 0);
+  }
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < call.k; i += kThreads)
+    put_class(record, call.layout, i, memory.places[i], log_prob(i), scale);
+}
+
+template <class Rows, bool Packed>
 __global__ void __launch_bounds__(kThreads, Rows::blocks) topk_kernel(const TopKCall call) {
   using S = typename Rows::S;
   using A = typename Rows::A;
@@ -270,6 +300,10 @@ __global__ void __launch_bounds__(kThreads, Rows::blocks) topk_kernel(const TopK
     held.group.sum(sums);
     if (held.group.rank != 0) continue;
     const TopKRow<A> whole = finish_topk(top, sums[0], sums[1], call.classes - call.k);
+    if constexpr (Packed) {
+      put_record(call, row, memory, whole);
+      continue;
+    }
     for (int i = int(threadIdx.x); i < call.k; i += kThreads) {
       call.indices[row * call.k + i] = memory.places[i];
       static_cast<A*>(call.log_probs)[row * call.k + i] =
@@ -353,17 +387,36 @@ __global__ void __launch_bounds__(kThreads, Rows::blocks)
   held.group.leave();
 }
 
-std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
-  check_topk_arguments(logits, k);
-  check(k <= kMostChosen, "topk", "k of at most 2048 on a GPU");
-  const DeviceGuard guard(logits.get_device());
+TopKCall topk_call(const Tensor& logits, int64_t k, const char* operation) {
+  check(k <= kMostChosen, operation, "k of at most 2048 on a GPU");
   TopKCall call{};
   call.rows = logits.size(0);
   call.classes = logits.size(1);
   call.k = int(k);
   call.padded = 1;
   while (call.padded < call.k) call.padded *= 2;
-  call.logits = matrix_of(logits, "topk");
+  call.logits = matrix_of(logits, operation);
+  return call;
+}
+
+template <bool Packed>
+void launch_topk(TopKCall call, const Tensor& logits, const char* operation) {
+  const Device device = device_of(logits);
+  with_one_row<Kinds::split>(call.logits, call.classes, [&](auto type) {
+    using Rows = typename decltype(type)::type;
+    using Key = decltype(ordered(typename Rows::A(0)));
+    const RowsLaunch launch = launch_of<Rows>(call.rows, call.classes, device, kMostGrid, 0,
+                                              TopKMemory<Key>::bytes(call.padded));
+    call.room = launch.room;
+    call.memory = launch.memory;
+    launch_kernel(operation, topk_kernel<Rows, Packed>, launch.grid, stream_of(logits), call);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
+  check_topk_arguments(logits, k);
+  const DeviceGuard guard(logits.get_device());
+  TopKCall call = topk_call(logits, k, "topk");
   const bool float64 = call.logits.dtype == Dtype::float64;
   const ScalarType type = float64 ? ScalarType::Double : ScalarType::Float;
   Tensor indices = empty_of(logits, call.rows, k, ScalarType::Int);
@@ -373,17 +426,21 @@ std::tuple<Tensor, Tensor, Tensor> topk(Tensor logits, int64_t k) {
   call.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   call.log_probs = log_probs.mutable_data_ptr();
   call.log_tail = log_tail.mutable_data_ptr();
-  const Device device = device_of(logits);
-  with_one_row<Kinds::split>(call.logits, call.classes, [&](auto type) {
-    using Rows = typename decltype(type)::type;
-    using Key = decltype(ordered(typename Rows::A(0)));
-    const RowsLaunch launch = launch_of<Rows>(call.rows, call.classes, device, kMostGrid, 0,
-                                              TopKMemory<Key>::bytes(call.padded));
-    call.room = launch.room;
-    call.memory = launch.memory;
-    launch_kernel("topk", topk_kernel<Rows>, launch.grid, stream_of(logits), call);
-  });
+  launch_topk<false>(call, logits, "topk");
   return {indices, log_probs, log_tail};
+}
+
+Tensor pack_topk(Tensor logits, int64_t k, bool codes, std::optional<Tensor> tags) {
+  check_pack_arguments(logits, k, tags);
+  const DeviceGuard guard(logits.get_device());
+  TopKCall call = topk_call(logits, k, "pack_topk");
+  call.layout = record_layout(call.classes, k, codes, tags.has_value());
+  Tensor records = empty_of(logits, call.rows, call.layout.stride, ScalarType::Byte);
+  if (call.rows == 0) return records;
+  call.tags = tags ? static_cast<const int64_t*>(tags->const_data_ptr()) : nullptr;
+  call.records = static_cast<uint8_t*>(records.mutable_data_ptr());
+  launch_topk<true>(call, logits, "pack_topk");
+  return records;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, double threshold,
@@ -424,5 +481,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
 
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("topk", TORCH_BOX(&fastscarce::cuda::topk));
+  m.impl("pack_topk", TORCH_BOX(&fastscarce::cuda::pack_topk));
   m.impl("confidence", TORCH_BOX(&fastscarce::cuda::confidence));
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastscarce.data.decode import Header, decode, decode_whole, inspect, mended
+from fastscarce.data.crop import decode_crop
+from fastscarce.data.decode import Header, decode_whole, inspect, mended
 from fastscarce.data.images import ImageSet
 from fastscarce.data.labels import relabel, write_split
 from fastscarce.data.load import load_images
@@ -33,7 +34,7 @@ __all__ = [
     "Split",
     "Stream",
     "StreamBatch",
-    "decode",
+    "decode_crop",
     "decode_whole",
     "inspect",
     "load",

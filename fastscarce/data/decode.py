@@ -1,7 +1,7 @@
 """Encoded images to arrays, by Pillow; and what is looked at before any decoder sees the bytes.
 
-Every loader asks `inspect` first and falls back on `decode` where a faster decoder gives up, so
-that all of them take and refuse the same files for the same reasons.
+Every loader asks `inspect` first and falls back on `decode_whole` where a faster decoder gives up,
+so that all of them take and refuse the same files for the same reasons.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastscarce.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LARGEST_IMAGE", "SUFFIXES", "Header", "decode", "decode_whole", "inspect", "mended"]
+__all__ = ["LARGEST_IMAGE", "SUFFIXES", "Header", "decode_whole", "inspect", "mended"]
 
 SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -99,25 +99,6 @@ def decode_whole(
     """
     image = _decoded(content, grey, largest)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, 1 if grey else 3)
-
-
-def decode(
-    content: bytes, *, height: int, width: int, grey: bool, largest: int = LARGEST_IMAGE
-) -> npt.NDArray[np.uint8]:
-    """Decode as `decode_whole`, the shorter side resized to fit, the centre cropped.
-
-    Returns:
-        uint8 ``(height, width, 1 or 3)``.
-
-    Raises:
-        DataError: It can't be decoded. The text is the reason, without the image's name.
-    """
-    from PIL import Image, ImageOps
-
-    image = _decoded(content, grey, largest)
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8).reshape(height, width, 1 if grey else 3)
 
 
 def mended(content: bytes) -> bytes:

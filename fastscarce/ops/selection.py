@@ -13,12 +13,13 @@ from torch import Tensor
 from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops.targets import TopK
 
-__all__ = ["Confidence", "confidence", "topk"]
+__all__ = ["Confidence", "confidence", "pack_topk", "topk"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Chosen logits of a row are sorted in a GPU's shared memory.
 _MOST_ON_GPU = 2048
 
+_pack_topk = torch.ops.fastscarce.pack_topk.default
 _topk = torch.ops.fastscarce.topk.default
 _confidence = torch.ops.fastscarce.confidence.default
 
@@ -57,12 +58,38 @@ def topk(logits: Tensor, k: int) -> TopK:
         ValueError: Shape, dtype or ``k`` is none of these.
     """
     logits = _rows("topk", logits)
-    most = min(logits.shape[1], _MOST_ON_GPU) if logits.is_cuda else logits.shape[1]
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
-        raise ValueError(
-            f"topk needs k in 1 to {most} for logits of {logits.shape[1]} classes, got {k}."
-        )
+    _check_k("topk", logits, k)
     return TopK(*_topk(logits, k))
+
+
+def pack_topk(logits: Tensor, k: int, *, codes: bool = False, tags: Tensor | None = None) -> Tensor:
+    """`topk` of each row as the bytes that a teacher's table keeps, in one pass.
+
+    What the bytes mean is said in fastscarce/cache/record.py. No gradient.
+
+    Args:
+        logits: float32, bfloat16, float16 or float64, shape ``(rows, classes)``.
+        k: Classes to keep, 1 to classes (on a GPU to 2048).
+        codes: Keep log-probabilities as u8 codes of a scale a row, not as float16.
+        tags: A number a row, 0 to 2**32 - 1, that is kept at its end, int64 ``(rows,)``.
+
+    Returns:
+        uint8 ``(rows, stride)`` on the logits' device.
+
+    Raises:
+        ValueError: Shape, dtype, ``k`` or ``tags`` is none of these.
+    """
+    logits = _rows("pack_topk", logits)
+    _check_k("pack_topk", logits, k)
+    if tags is not None:
+        if tags.dtype != torch.int64 or tags.shape != logits.shape[:1]:
+            raise ValueError(
+                f"pack_topk needs int64 tags of shape ({logits.shape[0]},), got {tags.dtype} "
+                f"{tuple(tags.shape)}."
+            )
+        tags = tags.to(logits.device, non_blocking=True).contiguous()
+    packed: Tensor = _pack_topk(logits, k, codes, tags)
+    return packed
 
 
 def confidence(logits: Tensor, threshold: float = 0.0, *, temperature: float = 1.0) -> Confidence:
@@ -88,6 +115,14 @@ def confidence(logits: Tensor, threshold: float = 0.0, *, temperature: float = 1
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"confidence needs a positive, finite temperature, got {temperature}.")
     return Confidence(*_confidence(logits, float(threshold), float(temperature)))
+
+
+def _check_k(name: str, logits: Tensor, k: int) -> None:
+    most = min(logits.shape[1], _MOST_ON_GPU) if logits.is_cuda else logits.shape[1]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+        raise ValueError(
+            f"{name} needs k in 1 to {most} for logits of {logits.shape[1]} classes, got {k}."
+        )
 
 
 def _rows(name: str, logits: Tensor) -> Tensor:

@@ -1,47 +1,69 @@
-"""A student from labelled images and a table of pseudo-labels."""
+"""A student from labelled images and a teacher: its table, itself, or its pseudo-labels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastscarce.config import DistillConfig
-from fastscarce.errors import DataError
+from fastscarce.augment import Policy, get_policy
+from fastscarce.cache import Layout, Teacher, TeacherTable, check_sentinels, expectation
+from fastscarce.config import DistillConfig, StudentConfig
+from fastscarce.errors import CacheError, ConfigError, DataError
 from fastscarce.pseudo import PseudoLabels, read_parquet
 from fastscarce.train.guard import Guard
 from fastscarce.train.loop import fit
 from fastscarce.train.objectives import SelfTraining
 from fastscarce.train.results import write_model, write_run
 from fastscarce.train.run import Run, remove_state
+from fastscarce.train.tables import keys_of, samples_of
 from fastscarce.train.task import Task, prepare
+from fastscarce.train.teacher import load_teacher
+from fastscarce.train.teaching import Teaching, label_teaching, with_mixing
 
 __all__ = ["distill"]
 
+# Classes that a teacher without a table is heard of.
+_K = 16
+# Epochs of consistent teaching, at least.
+_LONG = 30
+# Views whose sentinels are looked at before the first step.
+_CHECKED_VIEWS = 2
+
 
 def distill(run: Run, config: DistillConfig) -> dict[str, Any]:
-    """Train a student on the labels and on the table of ``config.labels``, and write it.
+    """Train a student on the labels and on what a teacher says, and write it.
 
     Returns:
-        The content of ``result.json``: ``accuracy`` on the test split and on the hold-out.
+        The content of ``result.json``: ``accuracy`` on the test split and on the hold-out, and of a
+        table its fingerprint and how many rows the teacher said in its place.
 
     Raises:
-        DataError: The table is of other classes, or of other images.
+        CacheError: The table is of something else, damaged, or lacks rows that nobody can say.
+        DataError: Pseudo-labels are of other classes or images, or the teacher is.
     """
     task = prepare(run, config)
-    labels = _labels(task, config.labels)
-    model = fit(
-        run,
-        "student",
-        task.prepared(config.model, config.student, "student"),
-        config.student,
-        SelfTraining(run, task.pool, task.split.labelled, labels, config.student),
-        score=Guard.of(run, task.pool, task.split).score,
-    )
+    result: dict[str, Any] = {}
+    with _teaching(task, config, result) as (teaching, labels):
+        settings = _preset(config, len(teaching.lessons))
+        model = fit(
+            run,
+            "student",
+            task.prepared(config.model, settings, "student"),
+            settings,
+            SelfTraining(run, task.pool, task.split.labelled, teaching, settings),
+            score=Guard.of(run, task.pool, task.split).score,
+        )
+        if config.cache is not None:
+            result["filled_rows"] = teaching.filled
     result = {
         "accuracy": task.accuracy(model, task.split.test),
         "holdout_accuracy": task.accuracy(model, task.split.holdout),
+        **result,
     }
 
     def write() -> dict[str, Any]:
@@ -52,6 +74,140 @@ def distill(run: Run, config: DistillConfig) -> dict[str, Any]:
     content = run.on_main(write)
     remove_state(run)
     return content
+
+
+def _preset(config: DistillConfig, lessons: int) -> StudentConfig:
+    """The student's settings with those of the preset."""
+    student = config.student
+    match config.preset:
+        case "consistent":
+            steps = -(-_LONG * lessons // student.unlabelled_batch_size)
+            return replace(
+                student, alpha=1.0, loss="kl", temperature=1.0, steps=max(student.steps, steps)
+            )
+        case "deit":
+            return replace(student, alpha=0.5, loss="hard")
+        case "dkd":
+            return replace(student, alpha=0.5, loss="dkd", temperature=4.0)
+    return student
+
+
+@contextmanager
+def _teaching(
+    task: Task, config: DistillConfig, result: dict[str, Any]
+) -> Iterator[tuple[Teaching, PseudoLabels | None]]:
+    """Who teaches, by what is given: a table, a teacher, both, or pseudo-labels."""
+    student = config.student
+    if config.cache is None and not config.teacher:
+        labels = _labels(task, config.labels)
+        yield label_teaching(task.pool, labels, student), labels
+        return
+    live = None
+    if config.teacher:
+        live = load_teacher(
+            config,
+            classes=task.images.classes,
+            channels=task.images.channels,
+            device=task.run.device,
+        )
+    samples = samples_of(task.images, task.split, task.pool)
+    if config.cache is None:
+        policy = task.pool.policy(config.policy or student.augmentation)
+        if policy.without("cutmix", "mixup") != policy:
+            raise ConfigError(
+                "policy needs views without cutmix and mixup, which student.cutmix_probability adds"
+                f", got {config.policy!r}."
+            )
+        classes = task.pool.classes
+        layout = Layout(classes, min(config.k or _K, classes))
+        yield (
+            Teaching(
+                task.pool,
+                samples.positions,
+                policy=policy,
+                mixing=with_mixing(policy, student),
+                live=live,
+                layout=layout,
+                views=config.views,
+            ),
+            None,
+        )
+        return
+    with _table(task, config, live) as table:
+        policy = get_policy(table.manifest.content["transform"]["policy"])
+        views = table.views if config.views is None else config.views
+        _check(task, config, table, policy, views, live)
+        result["table"] = table.manifest.fingerprint
+        yield (
+            Teaching(
+                task.pool,
+                samples.positions,
+                policy=policy,
+                mixing=with_mixing(policy, student),
+                source=table,
+                live=live,
+                views=views,
+            ),
+            None,
+        )
+
+
+def _table(task: Task, config: DistillConfig, live: Teacher | None) -> TeacherTable:
+    """The table of this data, these views and, where it is given, this teacher."""
+    assert config.cache is not None
+    samples = samples_of(task.images, task.split, task.pool)
+    expect = expectation(samples, task.pool.policy(config.policy or "eval"), task.pool.seed)
+    if config.policy is None:
+        del expect["transform"]["policy"]
+    if live is not None:
+        expect["teacher"] = live.content(task.images.channels)
+    return TeacherTable.open(
+        Path(config.cache),
+        device=task.run.device,
+        expect=expect,
+        allow_mismatch=keys_of(config.allow_mismatch),
+    )
+
+
+def _check(
+    task: Task,
+    config: DistillConfig,
+    table: TeacherTable,
+    policy: Policy,
+    views: int,
+    live: Teacher | None,
+) -> None:
+    """Refuse a table whose views are others, or that lacks rows that nobody can say."""
+    allowed = keys_of(config.allow_mismatch)
+    if task.pool.policy(policy) != policy and "transform.policy" not in allowed:
+        raise CacheError(
+            f"{table.folder} was made of something else: transform.policy differs (flips or the "
+            "ground of a warp); build a table with this --flip, or pass --allow-mismatch "
+            "transform.policy where you know that it does not matter."
+        )
+    if not 1 <= views <= table.views:
+        raise ConfigError(
+            f"views must be from 1 to the {table.views} of the table {table.folder}, got {views}."
+        )
+    positions = samples_of(task.images, task.split, task.pool).positions
+    ids = task.pool.ids[positions]
+    lacking = table.missing() + views * int((~np.isin(ids, table.ids)).sum())
+    if lacking and live is None:
+        raise CacheError(
+            f"{table.folder} lacks {lacking} rows; run the same `fastscarce cache build` again, or "
+            "give --teacher to say what is missing."
+        )
+    if lacking == 0 and "data.pixels" not in allowed:
+        places = {int(number): int(place) for number, place in zip(ids, positions, strict=True)}
+        compared = check_sentinels(
+            table,
+            task.pool.whole(),
+            places,
+            policy=policy,
+            seed=task.pool.seed,
+            views=range(min(views, _CHECKED_VIEWS)),
+        )
+        task.run.say(f"{table.folder}: {table.views} views, {compared} remembered ones are equal")
 
 
 def _labels(task: Task, folder: str) -> PseudoLabels:

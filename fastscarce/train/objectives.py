@@ -7,20 +7,28 @@ mean over the batch.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastscarce.augment import CutMix, Policy, get_policy
+from fastscarce.augment import Plan
 from fastscarce.config import StageConfig, StudentConfig
 from fastscarce.data import Stream
 from fastscarce.errors import ConfigError
-from fastscarce.ops import MixedTarget, kd_loss
-from fastscarce.pseudo import PseudoLabels
+from fastscarce.ops import MixedTarget, TopK, kd_loss
 from fastscarce.train.pool import Feed, Pool, Positions
 from fastscarce.train.run import Run, derive_seed
+from fastscarce.train.teaching import (
+    Teaching,
+    mixed_labels,
+    mixed_log_probs,
+    mixed_rows,
+    mixes,
+    with_mixing,
+)
 
 __all__ = ["SelfTraining", "Supervised"]
+
+_NO_LABEL = -100  # what the losses ignore
 
 
 def _stream(
@@ -45,27 +53,15 @@ def _stream(
     )
 
 
-def _policy(settings: StageConfig) -> Policy:
-    """The stage's policy, with CutMix of partners where it asks for it."""
-    policy = get_policy(settings.augmentation)
-    if not _mixes(settings):
-        return policy
-    return policy.followed_by(CutMix(settings.cutmix_alpha, settings.cutmix_probability))
-
-
-def _mixes(settings: StageConfig) -> bool:
-    return settings.cutmix_probability > 0.0 and settings.cutmix_alpha > 0.0
-
-
 class Supervised:
     """Cross entropy on labelled images."""
 
     def __init__(self, run: Run, pool: Pool, labelled: Positions, settings: StageConfig) -> None:
         self._pool = pool
         self._settings = settings
-        self._policy = _policy(settings)
+        self._policy = with_mixing(settings.augmentation, settings)
         self._stream = _stream(
-            run, "batch_size", pool, labelled, settings.batch_size, pairs=_mixes(settings)
+            run, "batch_size", pool, labelled, settings.batch_size, pairs=mixes(settings)
         )
         self._feed = Feed(pool, self._stream)
         self.rows = settings.batch_size
@@ -91,11 +87,21 @@ class Supervised:
 
 
 class SelfTraining:
-    """Cross entropy on labelled images and distillation on pseudo-labelled ones, one forward pass.
+    """Cross entropy on labelled images and distillation on taught ones, one forward pass.
 
-    A mixed pseudo-labelled image is taught the same mixture of its two teacher rows.
+    A mixed image is taught the same mixture of its two teacher rows. Without a weight on the labels
+    the labelled images are left out.
 
-    Source: Xie et al., "Self-training with Noisy Student improves ImageNet classification" (2020).
+    Args:
+        run: Gives the processes.
+        pool: The images.
+        labelled: Those whose labels may be used.
+        teaching: Which images are taught what.
+        settings: Batch sizes, weights and the loss of the taught images.
+
+    Source: Xie et al., "Self-training with Noisy Student improves ImageNet classification" (2020);
+    hard labels: Touvron et al., "Training data-efficient image transformers" (ICML 2021); DKD: Zhao
+    et al., "Decoupled Knowledge Distillation" (CVPR 2022).
     """
 
     def __init__(
@@ -103,69 +109,70 @@ class SelfTraining:
         run: Run,
         pool: Pool,
         labelled: Positions,
-        labels: PseudoLabels,
+        teaching: Teaching,
         settings: StudentConfig,
     ) -> None:
-        self._pool = pool
         self._settings = settings
-        self._labelled = Supervised(run, pool, labelled, settings)
-        self._policy = _policy(settings)
-        place = {int(number): position for position, number in enumerate(pool.ids)}
-        positions = np.array([place[int(number)] for number in labels.ids], dtype=np.int64)
-        lessons = np.repeat(positions, labels.repeats)
-        if len(lessons) == 0:
-            raise ConfigError(
-                "No pseudo-label passes the selection; lower labels.threshold or raise "
-                "labels.keep_per_class."
-            )
+        self._teaching = teaching
+        self._labelled = None
+        self.rows = settings.unlabelled_batch_size
+        if settings.alpha < 1.0:
+            self._labelled = Supervised(run, pool, labelled, settings)
+            self.rows += settings.batch_size
         self._stream = _stream(
             run,
             "unlabelled_batch_size",
             pool,
-            lessons,
+            teaching.lessons,
             settings.unlabelled_batch_size,
-            pairs=_mixes(settings),
+            pairs=mixes(settings),
         )
         self._feed = Feed(pool, self._stream)
-        # A row a position of the pool, so that a batch's rows are one gather.
-        self._row = torch.full((len(pool.ids),), -1, dtype=torch.int64, device=pool.device)
-        self._row[torch.from_numpy(positions)] = torch.arange(len(positions), device=pool.device)
-        self._log_probs = torch.from_numpy(labels.log_probs).to(pool.device)
-        self.rows = settings.batch_size + settings.unlabelled_batch_size
+        # Labels of the taught images themselves, for the loss that tells the label's class apart.
+        self._known = torch.full_like(pool.labels, _NO_LABEL)
+        if settings.loss == "dkd":
+            place = torch.from_numpy(labelled).to(pool.labels.device)
+            self._known[place] = pool.labels[place]
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Weighted sum of the two means, float32 scalar in nats."""
         settings = self._settings
-        images, target = self._labelled.batch(model, step, piece, pieces)
         batch, taken = self._feed(step, piece, pieces)
-        plan = self._pool.draw(batch.positions, self._policy, batch.view, batch.partners)
-        others = self._pool.carry_out(plan, taken, model)
-        device = others.device
-        rows = self._log_probs[self._row[torch.from_numpy(batch.positions).to(device)]]
-        teacher = mix_rows(rows, rows[plan.partner.to(device)], plan.lam.to(device))
-        logits = model(torch.cat([images, others]))
-        taught, learned = logits[: len(images)], logits[len(images) :]
-        label_loss = kd_loss(taught, None, target, label_smoothing=settings.label_smoothing)
-        teacher_loss = kd_loss(learned, teacher, None, temperature=settings.temperature)
+        positions = batch.positions
+        taught, plan, rows = self._teaching.views(batch, taken, model)
+        if self._labelled is None:
+            return self._taught_loss(model(taught), positions, plan, rows)
+        images, target = self._labelled.batch(model, step, piece, pieces)
+        logits = model(torch.cat([images, taught]))
+        learned = logits[len(images) :]
+        label_loss = kd_loss(
+            logits[: len(images)], None, target, label_smoothing=settings.label_smoothing
+        )
+        teacher_loss = self._taught_loss(learned, positions, plan, rows)
         return (1.0 - settings.alpha) * label_loss + settings.alpha * teacher_loss
 
     def close(self) -> None:
         """End the processes that decode ahead."""
-        self._labelled.close()
+        if self._labelled is not None:
+            self._labelled.close()
         self._feed.close()
 
-
-def mix_rows(own: Tensor, other: Tensor, lam: Tensor) -> Tensor:
-    """Log-probabilities of a mixture of two teacher rows.
-
-    Args:
-        own: Log-probabilities, ``(rows, classes)``.
-        other: The partners' log-probabilities, of the same shape.
-        lam: Weight of ``own``, ``(rows,)``, from 0 to 1.
-
-    Returns:
-        ``log(lam * exp(own) + (1 - lam) * exp(other))``, exactly ``own`` where ``lam`` is 1.
-    """
-    share = lam[:, None]
-    mixed = torch.logaddexp(own + share.log(), other + (1.0 - share).log())
-    return torch.where(share == 1.0, own, mixed)
+    def _taught_loss(self, logits: Tensor, positions: Positions, plan: Plan, rows: TopK) -> Tensor:
+        """Mean over the taught rows."""
+        settings = self._settings
+        match settings.loss:
+            case "kl":
+                teacher = mixed_rows(rows, plan)
+                return kd_loss(logits, teacher, None, temperature=settings.temperature)
+            case "hard":
+                return kd_loss(logits, None, mixed_labels(rows, plan))
+            case "dkd":
+                labels = self._known[torch.from_numpy(positions).to(self._known.device)]
+                return kd_loss(
+                    logits,
+                    mixed_log_probs(rows, plan, logits.shape[1]),
+                    plan.mixed_target(labels),
+                    loss="dkd",
+                    temperature=settings.temperature,
+                    alpha=(1.0, 0.0),
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastscarce.augment import Plan, Policy, apply, draw, get_policy
+from fastscarce.cache import normalisation
 from fastscarce.data import ImageSet, OnDemand, Pixels, Stream, StreamBatch
 from fastscarce.errors import DataError
 from fastscarce.train.run import Run
@@ -77,6 +79,10 @@ class Pool:
             seed=seed,
         )
 
+    def policy(self, policy: str | Policy) -> Policy:
+        """A policy as it is for these images: without flips that change a label, and its fill."""
+        return _fitted(get_policy(policy), self.flip, int(self.pixels.shape[3]))
+
     def draw(
         self,
         positions: Positions,
@@ -85,16 +91,31 @@ class Pool:
         partners: Positions | None = None,
     ) -> Plan:
         """What is done to some images: a function of (seed, id, view), the policy and partners."""
-        _, height, width, channels = self.pixels.shape
-        chosen = _fitted(get_policy(policy), self.flip, channels)
-        ids = self.ids[positions]
+        _, height, width, _ = self.pixels.shape
         return draw(
-            chosen,
-            ids,
+            self.policy(policy),
+            self.ids[positions],
             view=view,
             seed=self.seed,
             image_size=(height, width),
             partners=partners,
+        )
+
+    def whole(self) -> Tensor:
+        """All images on the device, for what reads any of them by place.
+
+        Raises:
+            DataError: They are decoded on demand, or lie beside the device.
+        """
+        if self.resident is not None:
+            return self.resident
+        if isinstance(self.pixels, np.ndarray) and self.device.type == "cpu":
+            with warnings.catch_warnings():  # a mapped file can't be written to, and isn't
+                warnings.simplefilter("ignore", UserWarning)
+                return torch.from_numpy(self.pixels)
+        raise DataError(
+            "A teacher that is asked, or its table, needs the images on the device; set pool to"
+            " auto or device."
         )
 
     def take(self, positions: Positions) -> Taken:
@@ -212,18 +233,6 @@ def _fitted(policy: Policy, flip: bool, channels: int) -> Policy:
         policy = policy.without("flip")
     # Of grey scans the ground is black; a photograph has none.
     return replace(policy, fill="reflect") if channels == 3 else policy
-
-
-def normalisation(
-    model: nn.Module, channels: int
-) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
-    """Mean and deviation that a model's inputs are normalised by: timm's own, else one half."""
-    inner = getattr(model, "module", model)
-    facts = getattr(inner, "pretrained_cfg", None) or {}
-    mean, std = facts.get("mean"), facts.get("std")
-    if mean is None or std is None or len(mean) != channels:
-        return 0.5, 0.5
-    return tuple(mean), tuple(std)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from fastscarce.train.objectives import SelfTraining, Supervised
 from fastscarce.train.results import RoundResult, write_labels, write_model, write_run
 from fastscarce.train.run import Run, remove_state
 from fastscarce.train.task import prepare
+from fastscarce.train.teaching import label_teaching
 
 __all__ = ["selftrain"]
 
@@ -79,7 +80,13 @@ def selftrain(run: Run, config: SelftrainConfig) -> dict[str, Any]:
             stage,
             task.prepared(config.model, config.student, stage),
             config.student,
-            SelfTraining(run, task.pool, labelled, labels, config.student),
+            SelfTraining(
+                run,
+                task.pool,
+                labelled,
+                label_teaching(task.pool, labels, config.student),
+                config.student,
+            ),
             score=guard.score,
         )
         verdict = guard.judge_model(student)

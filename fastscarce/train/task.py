@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from fastscarce.cache import normalisation
 from fastscarce.config import DataConfig, LabelConfig, ModelConfig, StageConfig
 from fastscarce.data import (
     Decoder,
@@ -26,10 +29,10 @@ from fastscarce.errors import ModelError
 from fastscarce.models import create, freeze
 from fastscarce.pseudo import PseudoLabels, from_logits, select
 from fastscarce.pseudo import temperature as find_temperature
-from fastscarce.train.pool import Pool, Positions, accuracy, normalisation, predict
+from fastscarce.train.pool import Pool, Positions, accuracy, predict
 from fastscarce.train.run import Run, derive_seed
 
-__all__ = ["Task", "prepare"]
+__all__ = ["Task", "open_data", "prepare"]
 
 # From how many labels a class some are held out, and which part of them.
 HOLDOUT_FROM = 20
@@ -142,18 +145,40 @@ def _holdout_per_class(config: DataConfig, images: ImageSet, given: Given | None
     return fewest // HOLDOUT_PART if fewest >= HOLDOUT_FROM else 0
 
 
-def _say_failures(run: Run, images: ImageSet, on_error: str) -> None:
+def _say_failures(say: Callable[[str], None], images: ImageSet, on_error: str) -> None:
     done = "replaced" if on_error == "replace" else "skipped"
     for failure in images.failures[:FAILURES_SAID]:
-        run.say(f"{done} {failure.name}: {failure.reason}")
+        say(f"{done} {failure.name}: {failure.reason}")
     if len(images.failures) > FAILURES_SAID:
-        run.say(f"{done} {len(images.failures)} images in all; quarantine.csv lists them")
+        say(f"{done} {len(images.failures)} images in all; quarantine.csv lists them")
 
 
 def prepare(run: Run, config: DataConfig) -> Task:
-    """Load and split the data set, and move it to the run's device.
+    """Load and split the data set, and move it to the run's device; see `open_data`."""
+    # The main process writes a file of pixels, and the others map it.
+    turns = run.accelerator.main_process_first() if config.pool == "disk" else nullcontext()
+    seed = run.config.seed
+    return Task(run, *open_data(config, seed=seed, device=run.device, say=run.say, turns=turns))
+
+
+def open_data(
+    config: DataConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    say: Callable[[str], None],
+    turns: AbstractContextManager[Any] | None = None,
+) -> tuple[ImageSet, Split, Pool]:
+    """A data set, its split, and its images on a device.
 
     The hold-out is taken from the labels that may be used, never beside them.
+
+    Args:
+        config: Which data and which of its labels.
+        seed: Of the split and of all views.
+        device: Where the images go.
+        say: Gets lines for people.
+        turns: Entered while images are read, for processes that take turns.
 
     Raises:
         DataError: The data can't be read, or has fewer labels than are asked for.
@@ -169,16 +194,14 @@ def prepare(run: Run, config: DataConfig) -> Task:
     given = None
     if config.labels_file is not None:
         source, given = relabel(source, config.labels_file)
-    # The main process writes a file of pixels, and the others map it.
-    turns = run.accelerator.main_process_first() if config.pool == "disk" else nullcontext()
-    with turns:
+    with turns or nullcontext():
         images = load_images(
             source,
             image_size=config.image_size,
             on_error=config.on_error,
             storage=_STORAGE[config.pool],
             decoder=Decoder(config.loader, config.workers),
-            processes=int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size)),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
     holdout = _holdout_per_class(config, images, given)
     labels = config.labels_per_class
@@ -187,19 +210,14 @@ def prepare(run: Run, config: DataConfig) -> Task:
         labels_per_class=labels if labels is None else max(1, labels - holdout),
         holdout_per_class=holdout,
         test_fraction=config.test_fraction,
-        seed=run.config.seed,
+        seed=seed,
         given=given,
     )
-    run.say(
+    say(
         f"{images.name}: {len(images.classes)} classes, {len(parts.labelled)} labelled, "
         f"{len(parts.holdout)} held out, {len(parts.unlabelled)} unlabelled, "
         f"{len(parts.test)} test images of {images.images.shape[2]}x{images.images.shape[1]}"
     )
-    _say_failures(run, images, config.on_error)
-    pool = Pool.of(
-        images,
-        seed=derive_seed(run.config.seed, "views"),
-        device=run.device,
-        kind=config.pool,
-    )
-    return Task(run, images, parts, pool)
+    _say_failures(say, images, config.on_error)
+    pool = Pool.of(images, seed=derive_seed(seed, "views"), device=device, kind=config.pool)
+    return images, parts, pool

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastscarce.data import decode, decode_whole, inspect, mended
+from fastscarce.data import decode_crop, decode_whole, inspect, mended
 from fastscarce.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def test_refused(case: str) -> None:
         decode_whole(content, grey=False)
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=reason):
-        decode(content, height=8, width=8, grey=True)
+        decode_crop(content, image_size=(8, 8), channels=1)
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
@@ -197,9 +197,9 @@ def test_a_jpeg_without_its_last_marker_is_whole(progressive: bool) -> None:
 
 
 def test_resized_to_fit_and_cropped_in_the_middle() -> None:
-    image = decode(save(Image.fromarray(COLOUR), "PNG"), height=24, width=24, grey=False)
+    image = decode_crop(save(Image.fromarray(COLOUR), "PNG"), image_size=(24, 24), channels=3)
     assert np.array_equal(image, COLOUR[:, 8:32])
-    assert decode(jpeg(), height=10, width=14, grey=True).shape == (10, 14, 1)
+    assert decode_crop(jpeg(), image_size=(10, 14), channels=1).shape == (10, 14, 1)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
@@ -213,7 +213,7 @@ def test_damaged_bytes_end_in_an_image_or_a_reason(kind: str) -> None:
         cut = bytes(broken[: draw.integers(1, len(broken) + 1)])
         try:
             inspect(cut)
-            image = decode(cut, height=8, width=8, grey=False)
+            image = decode_crop(cut, image_size=(8, 8), channels=3)
         except DataError:
             continue
         assert image.shape == (8, 8, 3)

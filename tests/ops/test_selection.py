@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastscarce.ops import TopK, confidence, topk
+from fastscarce.ops import TopK, confidence, pack_topk, topk
 
 CLASSES = [1, 2, 7, 8, 10, 16, 31, 100, 1000, 1001, 5000]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -163,10 +163,13 @@ def test_opcheck_and_compile() -> None:
     logits = normal(6, 33).float()
     torch.library.opcheck(torch.ops.fastscarce.topk.default, (logits, 4))
     torch.library.opcheck(torch.ops.fastscarce.confidence.default, (logits, 0.5, 1.0))
+    tags = torch.arange(6)
+    for k, codes, tagged in ((4, False, None), (33, True, None), (4, True, tags)):
+        torch.library.opcheck(torch.ops.fastscarce.pack_topk.default, (logits, k, codes, tagged))
 
     def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chosen = topk(2 * x, 4)
-        return chosen.log_probs, chosen.indices, confidence(x, 0.3).mask
+        return chosen.log_probs, pack_topk(x, 4), confidence(x, 0.3).mask
 
     for a, b in zip(torch.compile(both, fullgraph=True)(logits), both(logits), strict=True):
         torch.testing.assert_close(a, b)

@@ -130,12 +130,14 @@ def test_where_a_hold_out_comes_from() -> None:
     from fastscarce.train.task import _holdout_per_class
 
     images = load("digits")
-    assert _holdout_per_class(DataConfig(labels_per_class=4), images) == 0
-    assert _holdout_per_class(DataConfig(labels_per_class=19), images) == 0
-    assert _holdout_per_class(DataConfig(labels_per_class=20), images) == 4
-    assert _holdout_per_class(DataConfig(labels_per_class=4, holdout_per_class=1), images) == 1
+    assert _holdout_per_class(DataConfig(labels_per_class=4), images, None) == 0
+    assert _holdout_per_class(DataConfig(labels_per_class=19), images, None) == 0
+    assert _holdout_per_class(DataConfig(labels_per_class=20), images, None) == 4
+    assert (
+        _holdout_per_class(DataConfig(labels_per_class=4, holdout_per_class=1), images, None) == 1
+    )
     fewest = np.bincount(images.labels).min()
-    every = _holdout_per_class(DataConfig(labels_per_class=None), images)
+    every = _holdout_per_class(DataConfig(labels_per_class=None), images, None)
     assert every == int(fewest * 2 / 3) // 5
     parts = split(images, labels_per_class=16, holdout_per_class=4, test_fraction=1 / 3, seed=0)
     together = np.concatenate([parts.labelled, parts.holdout, parts.unlabelled, parts.test])

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from fastscarce.config import DataConfig, ModelConfig, RunConfig, StageConfig, StudentConfig
 from fastscarce.data import partner_ids
 from fastscarce.errors import ConfigError
-from fastscarce.ops import MixedTarget
+from fastscarce.ops import MixedTarget, topk
 from fastscarce.pseudo import from_logits, select
-from fastscarce.train.objectives import SelfTraining, Supervised, mix_rows
+from fastscarce.train.objectives import SelfTraining, Supervised
 from fastscarce.train.run import Run, derive_seed, open_run
 from fastscarce.train.task import Task, prepare
+from fastscarce.train.teaching import label_teaching, mixed_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,14 @@ def test_supervised_loss_is_cross_entropy(
     assert all(bool((g != 0).any()) for g in gradients if g is not None)
 
 
+def taught(
+    task: Task, labels: Any, settings: StudentConfig, run: Run | None = None
+) -> SelfTraining:
+    """Self-training by pseudo-labels."""
+    teaching = label_teaching(task.pool, labels, settings)
+    return SelfTraining(run or task.run, task.pool, task.split.labelled, teaching, settings)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("probability", [0.0, 1.0])
@@ -75,42 +84,48 @@ def test_student_loss_is_two_means(
         batch_size=8, unlabelled_batch_size=24, temperature=temperature, alpha=alpha,
         cutmix_probability=probability,
     )  # fmt: skip
-    objective = SelfTraining(task.run, task.pool, task.split.labelled, labels, settings)
-    assert objective.rows == 32
+    objective = taught(task, labels, settings)
+    first = 0 if alpha == 1.0 else 8  # without a weight on them, labelled rows are left out
+    assert objective.rows == first + 24
 
     seen: list[torch.Tensor] = []
     hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     loss = objective(model, 5, 0, 1)
     hook.remove()
     (images,) = seen  # one forward pass of all rows
-    assert images.shape == (32, 1, 8, 8)
+    assert images.shape == (first + 24, 1, 8, 8)
 
-    own, target = objective._labelled.batch(model, 5, 0, 1)
-    assert torch.equal(images[:8], own)
+    own, target = Supervised(task.run, task.pool, task.split.labelled, settings).batch(
+        model, 5, 0, 1
+    )
+    assert torch.equal(images[:first], own[:first])
     batch = objective._stream.batch(5)
     place = {int(number): row for row, number in enumerate(labels.ids)}
     rows = [place[int(number)] for number in task.pool.ids[batch.positions]]
-    probabilities = torch.from_numpy(np.exp(labels.log_probs[rows].astype(np.float64)))
+    kept = torch.from_numpy(labels.log_probs[rows]).half().double()  # as a table keeps them
+    probabilities = (kept / temperature).softmax(1)
+    entropy = -(probabilities * probabilities.log()).sum(1).mean()
     if probability:
         plan = task.pool.draw(batch.positions, settings.augmentation, batch.view)
         plain = task.pool.carry_out(plan, task.pool.take(batch.positions), model)
-        mixed = task.pool.draw(batch.positions, objective._policy, batch.view).table
+        mixed = task.pool.draw(batch.positions, objective._teaching._mixing, batch.view).table
         lam = torch.from_numpy(mixed["lam"].copy())
         partner = torch.arange(24) ^ 1
         for row in range(24):
             top, left, bottom, right = mixed["box"][row]
             expected = plain[row].clone()
             expected[:, top:bottom, left:right] = plain[row ^ 1][:, top:bottom, left:right]
-            assert torch.equal(images[8 + row], expected)
+            assert torch.equal(images[first + row], expected)
         share = lam.double()[:, None]
+        # Of a mixture the cross entropy is taken: the gradient is that of the divergence.
         probabilities = share * probabilities + (1 - share) * probabilities[partner]
+        entropy = torch.zeros(())
     logits = model(images).double()
-    softened = (probabilities.log() / temperature).softmax(1)
-    distilled = temperature**2 * kl_div(
-        (logits[8:] / temperature).log_softmax(1), softened, reduction="batchmean"
-    )
-    expected = (1 - alpha) * cross_entropy(logits[:8], target.dense(10).double())
-    expected = expected + alpha * distilled
+    crossed = cross_entropy(logits[first:] / temperature, probabilities)
+    expected = alpha * temperature**2 * (crossed - entropy)
+    if first:
+        label_loss = cross_entropy(logits[:first], target.dense(10).double())
+        expected = expected + (1 - alpha) * label_loss
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
     assert float(loss.detach()) > 0.0
     loss.backward()
@@ -118,29 +133,30 @@ def test_student_loss_is_two_means(
         assert parameter.grad is not None
         assert bool(torch.isfinite(parameter.grad).all())
         assert bool((parameter.grad != 0).any())
-    assert not objective._log_probs.requires_grad
 
 
 def test_pieces_of_a_batch_make_up_the_batch(task: Task, labels: Any) -> None:
     model = task.network(ModelConfig(name="small_cnn_gn"), "teacher")
     settings = StudentConfig(batch_size=8, unlabelled_batch_size=16, cutmix_probability=1.0)
-    objective = SelfTraining(task.run, task.pool, task.split.labelled, labels, settings)
+    objective = taught(task, labels, settings)
     whole = objective(model, 3, 0, 1)
     pieces = [objective(model, 3, piece, 4) for piece in range(4)]
     torch.testing.assert_close(torch.stack(pieces).mean(), whole)
 
 
-def test_mixed_rows_are_the_dense_mixture() -> None:
+def test_mixed_rows_are_the_dense_mixture(task: Task) -> None:
     draw = torch.Generator().manual_seed(0)
-    own, other = (torch.randn(9, 5, generator=draw).mul(4).log_softmax(1) for _ in range(2))
-    own[0, 0] = other[1, 1] = -torch.inf  # a class that a teacher rules out
-    lam = torch.tensor([0.0, 1.0, 0.5, 0.1, 0.9, 1e-6, 1 - 1e-6, 0.25, 1.0])
-    mixed = mix_rows(own, other, lam)
-    share = lam.double()[:, None]
+    said = torch.randn(40, 5, generator=draw).mul(4)
+    said[0, 0] = said[1, 1] = -torch.inf  # a class that a teacher rules out
+    plan = task.pool.draw(np.arange(40), "weak+cutmix(1.0)", 0)
+    rows = topk(said, 5)
+    mixed = mixed_log_probs(rows, plan, 5)
+    own = said.log_softmax(1)
+    other = own[plan.partner]
+    share = plan.lam.double()[:, None]
+    assert bool((share < 1).any())
     dense = share * own.double().exp() + (1 - share) * other.double().exp()
     torch.testing.assert_close(mixed.double().exp(), dense, rtol=1e-5, atol=1e-7)
-    assert torch.equal(mixed[1], own[1])
-    assert torch.equal(mixed[8], own[8])
     assert not bool(torch.isnan(mixed).any())
 
 
@@ -201,13 +217,13 @@ def test_batches_that_can_not_be_shared_out(task: Task, labels: Any) -> None:
         Supervised(run, task.pool, task.split.labelled, StageConfig(batch_size=8))
     settings = StudentConfig(batch_size=12, unlabelled_batch_size=16)
     with pytest.raises(ConfigError, match="unlabelled_batch_size must be a multiple"):
-        SelfTraining(run, task.pool, task.split.labelled, labels, settings)
+        taught(task, labels, settings, run)
 
 
 def test_no_lessons_are_refused(task: Task, labels: Any) -> None:
     nothing = labels.take(np.zeros(0, dtype=np.int64))
     with pytest.raises(ConfigError, match=r"lower labels\.threshold"):
-        SelfTraining(task.run, task.pool, task.split.labelled, nothing, StudentConfig())
+        taught(task, nothing, StudentConfig())
 
 
 def test_the_run_folder_holds_no_results_yet(task: Task) -> None:

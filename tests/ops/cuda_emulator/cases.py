@@ -498,6 +498,26 @@ def test_topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("classes", "k"), [(1, 1), (10, 10), (33, 5), (256, 256), (70000, 3)])
+def test_pack_topk(classes: int, k: int, dtype: torch.dtype) -> None:
+    """Rows as bytes: those that the CPU's kernel makes of the same log-probabilities."""
+    values = logits(4, classes, dtype)[0]
+    values[1, ::2] = 1.0  # ties
+    values[2, classes // 2 :] = -INF
+    values[3, 0] = float("nan")
+    tags = torch.tensor([0, 1, 2**31, 2**32 - 1])
+    for codes, tag, shift in ((False, None, 0), (True, tags, 1)):
+        matrix = placed(values, 5 * shift, shift)
+        want, got = (of.pack_topk(matrix, k, codes, tag) for of in (cpu, emulated))
+        assert got.shape == want.shape
+        dense = k == classes
+        named = 0 if dense else (4 if classes > 65536 else 2) * k
+        assert torch.equal(got[:, :named], want[:, :named])
+        # The last bits of a sum depend on its order: a float16 or a code may round the other way.
+        assert float((got != want).float().mean()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 31, 1000, 1001, 4097])
 def test_confidence(classes: int, dtype: torch.dtype) -> None:
     values = logits(5, classes, dtype)[0]

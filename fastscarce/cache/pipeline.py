@@ -1,0 +1,111 @@
+"""From a teacher's batches to shards, in a thread of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastscarce.cache.quality import sums_of
+from fastscarce.cache.record import Layout, decode
+from fastscarce.cache.samples import Samples
+from fastscarce.cache.shard import ShardWriter
+from fastscarce.errors import TrainingError
+
+__all__ = ["WAITING", "Piece", "Pipeline"]
+
+WAITING = 4
+"""Batches that may wait to be written: as many more than a shard are lost at most."""
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one forward pass on their way to the writer."""
+
+    view: int
+    keep: Ids  # which of the batch's rows are new
+    ids: Ids
+    records: Tensor
+    sentinels: dict[int, str]
+    ready: torch.cuda.Event | None
+
+
+class Pipeline:
+    """A queue to the thread that writes; an error there is raised at the next call here."""
+
+    def __init__(self, layout: Layout, samples: Samples, writer: ShardWriter) -> None:
+        self._layout = layout
+        self._samples = samples  # lowest id first
+        self._writer = writer
+        self._hashes: dict[tuple[int, int], str] = {}  # of sentinels, until their shard is written
+        writer.summarise = self._summary
+        self._queue: queue.Queue[Piece | None] = queue.Queue(WAITING)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="table-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, piece: Piece) -> None:
+        """Hand over a batch; waits while the queue is full, raises what the writing ended in."""
+        self._raise()
+        self._queue.put(piece)
+
+    def close(self) -> None:
+        """Have everything written; raises what the writing ended in."""
+        self._queue.put(None)
+        self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (piece := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # what comes after an error is let go, so that nobody waits
+            try:
+                self._write(piece)
+            except BaseException as error:
+                self._error = error
+        try:
+            if self._error is None:
+                self._writer.flush()
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, piece: Piece) -> None:
+        if piece.ready is not None:
+            piece.ready.synchronize()
+        whole = len(piece.keep) == len(piece.records)
+        records = piece.records if whole else piece.records[torch.from_numpy(piece.keep)]
+        # By view too: the shard of the view before may still have to be written.
+        self._hashes.update({(piece.view, key): text for key, text in piece.sentinels.items()})
+        self._writer.add(piece.view, piece.ids[piece.keep], records.numpy())
+
+    def _summary(
+        self, view: int, ids: Ids, records: npt.NDArray[np.uint8]
+    ) -> tuple[dict[str, float], list[list[Any]]]:
+        """Of a shard's rows at once: by batches it would cost the teacher's passes a per cent."""
+        rows = decode(torch.from_numpy(records), self._layout)
+        odd = torch.isnan(rows.log_probs[:, 0])
+        if bool(odd.any()):
+            raise TrainingError(
+                f"The teacher's output on sample {int(ids[int(odd.nonzero()[0])])}, view {view}, is"
+                " not finite; run it in float32, or train it with a lower learning rate."
+            )
+        labels = self._samples.labels[np.searchsorted(self._samples.ids, ids)]
+        sums, first = sums_of(rows, self._layout, labels)
+        known = np.array([key for of, key in self._hashes if of == view], dtype=np.int64)
+        sentinels = [
+            [int(ids[row]), self._hashes.pop((view, int(ids[row]))), int(first[row])]
+            for row in np.flatnonzero(np.isin(ids, known))
+        ]
+        return sums, sentinels

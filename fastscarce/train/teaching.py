@@ -1,0 +1,209 @@
+"""What a teacher says of a batch: rows of a table, of pseudo-labels, or of the teacher itself."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastscarce.augment import CutMix, Plan, Policy, get_policy
+from fastscarce.cache import Layout, Teacher, decode, pack
+from fastscarce.config import StageConfig
+from fastscarce.data import StreamBatch
+from fastscarce.errors import CacheError, ConfigError
+from fastscarce.ops import MixedTarget, MixedTopK, TopK
+from fastscarce.pseudo import PseudoLabels
+from fastscarce.train.pool import Pool, Positions, Taken
+
+__all__ = ["LabelRows", "Source", "Teaching", "label_teaching", "with_mixing"]
+
+
+class Source(Protocol):
+    """Where rows come from; `fastscarce.cache.TeacherTable` is one."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the rows."""
+
+    def records(
+        self, sample_ids: NDArray[np.int64], view: NDArray[np.int64]
+    ) -> tuple[Tensor, NDArray[np.bool_]]:
+        """Rows as bytes, uint8 ``(rows, stride)``, and which of them are there."""
+
+
+class LabelRows:
+    """Soft pseudo-labels as rows of a table that is kept in memory, the same for every view."""
+
+    def __init__(self, labels: PseudoLabels, device: torch.device) -> None:
+        self.layout = Layout(labels.classes, labels.classes)
+        order = np.argsort(labels.ids)
+        self._ids = labels.ids[order]
+        log_probs = torch.from_numpy(np.ascontiguousarray(labels.log_probs[order]))
+        self._records = pack(log_probs.to(device), self.layout)
+
+    def records(
+        self, sample_ids: NDArray[np.int64], view: NDArray[np.int64]
+    ) -> tuple[Tensor, NDArray[np.bool_]]:
+        """See `Source`."""
+        places = np.searchsorted(self._ids, sample_ids).clip(max=len(self._ids) - 1)
+        index = torch.from_numpy(places).to(self._records.device)
+        return self._records[index], self._ids[places] == sample_ids
+
+
+class Teaching:
+    """Views of some images, and what the teacher says of each.
+
+    A mixed image is taught the same mixture of what the teacher says of its two unmixed views.
+
+    Args:
+        pool: The images.
+        lessons: Positions to learn from, one as often as it counts in an epoch.
+        policy: Of the unmixed views, as the teacher saw them.
+        mixing: The same followed by what mixes the student's.
+        source: Of rows. None: the teacher is asked about every view.
+        live: The teacher, for rows that the source lacks.
+        layout: Of rows, where there is no source.
+        views: After how many views of an image the first comes again. None: never.
+
+    Raises:
+        ConfigError: There is nothing to learn from, or nobody to learn from.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        lessons: Positions,
+        *,
+        policy: Policy,
+        mixing: Policy,
+        source: Source | None = None,
+        live: Teacher | None = None,
+        layout: Layout | None = None,
+        views: int | None = None,
+    ) -> None:
+        chosen = layout if source is None else source.layout
+        if chosen is None or (source is None and live is None):
+            raise ConfigError("Distillation needs a table of rows or a teacher, got neither.")
+        self.lessons = lessons
+        self.layout = chosen
+        self.filled = 0
+        """Rows that the teacher was asked for because the source lacked them."""
+        self._pool = pool
+        self._policy = policy
+        self._mixing = mixing
+        self._source = source
+        self._live = live
+        self._views = views
+
+    def views(
+        self, batch: StreamBatch, taken: Taken, model: nn.Module
+    ) -> tuple[Tensor, Plan, TopK]:
+        """The student's views, how they were mixed, and rows of the unmixed ones.
+
+        Args:
+            batch: Which images; its views say how often each was seen before.
+            taken: The images.
+            model: The student, whose normalisation is used.
+
+        Returns:
+            float32 ``(rows, C, H, W)``, the plan, and a row a row on the same device.
+
+        Raises:
+            CacheError: Rows are missing and there is no teacher to ask.
+        """
+        number = batch.view if self._views is None else batch.view % self._views
+        plan = self._pool.draw(batch.positions, self._mixing, number, batch.partners)
+        images = self._pool.carry_out(plan, taken, model)
+        return images, plan, decode(self._records(batch.positions, number), self.layout)
+
+    def _records(self, positions: Positions, view: Positions) -> Tensor:
+        if self._source is None:
+            return self._ask(positions, view)
+        records, found = self._source.records(self._pool.ids[positions], view)
+        lacking = np.flatnonzero(~found)
+        if len(lacking) == 0:
+            return records
+        if self._live is None:
+            raise CacheError(
+                f"The table lacks {len(lacking)} of a step's {len(found)} rows; run the same "
+                "`fastscarce cache build` again, or give --teacher to say what is missing."
+            )
+        self.filled += len(lacking)
+        place = torch.from_numpy(lacking).to(records.device)
+        return records.index_copy(0, place, self._ask(positions[lacking], view[lacking]))
+
+    def _ask(self, positions: Positions, view: Positions) -> Tensor:
+        assert self._live is not None
+        device = self._pool.device
+        plan = self._pool.draw(positions, self._policy, view).to(device)
+        index = torch.from_numpy(positions).to(device)
+        logits = self._live.logits(plan, self._pool.whole(), index)
+        # The tags of a table's rows are not looked at here: zeros take their place.
+        tags = torch.zeros(len(positions), dtype=torch.int64) if self.layout.tagged else None
+        return pack(logits, self.layout, tags)
+
+
+def label_teaching(pool: Pool, labels: PseudoLabels, settings: StageConfig) -> Teaching:
+    """Teaching by pseudo-labels: those chosen, as often as they count.
+
+    Raises:
+        ConfigError: No pseudo-label was chosen.
+    """
+    place = {int(number): position for position, number in enumerate(pool.ids)}
+    positions = np.array([place[int(number)] for number in labels.ids], dtype=np.int64)
+    lessons = np.repeat(positions, labels.repeats)
+    if len(lessons) == 0:
+        raise ConfigError(
+            "No pseudo-label passes the selection; lower labels.threshold or raise "
+            "labels.keep_per_class."
+        )
+    policy = pool.policy(settings.augmentation)
+    return Teaching(
+        pool,
+        lessons,
+        policy=policy,
+        mixing=with_mixing(policy, settings),
+        source=LabelRows(labels, pool.device),
+    )
+
+
+def with_mixing(policy: str | Policy, settings: StageConfig) -> Policy:
+    """A policy with CutMix of partners at its end where the stage asks for it.
+
+    A step at the end leaves the draws of those before it as they are.
+    """
+    chosen = get_policy(policy)
+    if not mixes(settings):
+        return chosen
+    return chosen.followed_by(CutMix(settings.cutmix_alpha, settings.cutmix_probability))
+
+
+def mixes(settings: StageConfig) -> bool:
+    """Whether a stage asks for CutMix."""
+    return settings.cutmix_probability > 0.0 and settings.cutmix_alpha > 0.0
+
+
+def mixed_rows(rows: TopK, plan: Plan) -> TopK | MixedTopK:
+    """The teacher of mixed images; the rows as they are where nothing is mixed."""
+    return rows if bool((plan.table["lam"] == 1.0).all()) else plan.mixed_topk(rows)
+
+
+def mixed_labels(rows: TopK, plan: Plan) -> MixedTarget:
+    """The first class of each row, mixed as the images are."""
+    first = rows.log_probs.float().argmax(1, keepdim=True)
+    return plan.mixed_target(rows.indices.gather(1, first)[:, 0].long())
+
+
+def mixed_log_probs(rows: TopK, plan: Plan, classes: int) -> Tensor:
+    """All classes' log-probabilities of mixed images, float32 ``(rows, classes)``.
+
+    For losses that look at more than the classes that a row names.
+    """
+    own = torch.log_softmax(rows.dense(classes).float(), dim=1)
+    other = own[plan.partner.to(own.device)]
+    share = plan.lam.to(own.device)[:, None]
+    mixed = torch.logaddexp(own + share.log(), other + (1.0 - share).log())
+    return torch.where(share == 1.0, own, mixed)

@@ -1,0 +1,253 @@
+"""What is on the disk: damage is seen, versions are refused, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastscarce.cache import Layout, TeacherTable, compact, gc, verify
+from fastscarce.cache.checksum import seal, unseal
+from fastscarce.cache.journal import journals, read_journal
+from fastscarce.cache.lookup import Lookup
+from fastscarce.cache.manifest import locked
+from fastscarce.cache.shard import ShardWriter
+from fastscarce.errors import CacheError, ResultsError
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(content)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def test_every_flipped_bit_is_reported(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path).folder
+    assert verify(folder).sound
+    draw = np.random.default_rng(0)
+    seen = set()
+    for path in [*files(folder)[:4], folder / "manifest.json", folder / "rank000.journal"]:
+        size = 8 * path.stat().st_size
+        # The length and the text of a shard's header, and anywhere in the file.
+        for bit in {*draw.integers(0, 8 * 200, 8), *draw.integers(0, size, 8)}:
+            flip(path, int(bit))
+            if path.name == "manifest.json":  # without it nothing can be said of the rest
+                with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
+                    verify(folder)
+            else:
+                assert not verify(folder).sound, (path, bit)
+            seen.add(path.suffix)
+            flip(path, int(bit))
+    assert seen == {".safetensors", ".json", ".journal"}
+    assert verify(folder).sound
+
+
+def test_reading_verifies_a_shard_on_first_use(make: Any, tmp_path: Path, samples: Any) -> None:
+    folder = make(tmp_path).folder
+    shard = files(folder / "view-00001")[1]
+    flip(shard, 8 * shard.stat().st_size - 9)
+    for residency in ("device", "mmap"):
+        with TeacherTable.open(folder, residency=residency) as table:
+            table.rows(samples.ids, 0)
+            with pytest.raises(CacheError, match=rf"{shard.name} is damaged: its checksum"):
+                table.rows(samples.ids, 1)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (cut, "bytes where .* were written: it was cut short"),
+    "missing": (Path.unlink, "can't be read .No such file"),
+    "longer": (lengthen, "cut short or added to"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_said_dropped_and_made_again(
+    make: Any, tmp_path: Path, samples: Any, kind: str
+) -> None:
+    folder = make(tmp_path).folder
+    whole = TeacherTable.open(folder).rows(samples.ids, 0)
+    damage, message = DAMAGE[kind]
+    damage(files(folder / "view-00000")[0])
+    with pytest.raises(CacheError, match=message):
+        TeacherTable.open(folder).rows(samples.ids, 0)
+    assert len(verify(folder).problems) == 1
+    if kind == "missing":  # by hand; otherwise the next build drops it on its own
+        assert len(gc(folder)) == 1
+        assert TeacherTable.open(folder).missing() == 64
+        with pytest.raises(CacheError, match="lacks 64 of the 150 rows asked for"):
+            TeacherTable.open(folder).rows(samples.ids, 0)
+    again = make(tmp_path)
+    assert (again.written, again.missing) == (64, 0)
+    mended = TeacherTable.open(folder).rows(samples.ids, 0)
+    assert torch.equal(mended.log_probs, whole.log_probs)
+    assert verify(folder).sound
+
+
+def test_a_newer_version_is_refused(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path).folder
+    path = folder / "manifest.json"
+    content = {**unseal(path.read_text()), "version": 99}
+    path.write_text(seal(content))
+    for use in (TeacherTable.open, verify, gc, compact):
+        with pytest.raises(CacheError, match=r"newer fastscarce .layout 99.*update fastscarce"):
+            use(folder)
+
+
+def test_a_folder_without_a_table(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="holds no teacher's table; make one with"):
+        TeacherTable.open(tmp_path / "nothing")
+    make(tmp_path)
+    make(tmp_path, k=3)
+    with pytest.raises(CacheError, match="holds 2 tables; name one of"):
+        TeacherTable.open(tmp_path)
+
+
+def test_half_a_line_counts_for_nothing(make: Any, tmp_path: Path, samples: Any) -> None:
+    folder = make(tmp_path).folder
+    path = journals(folder)[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert len(read_journal(path)) == whole.count(b"\n") - 1
+    assert verify(folder).problems == [f"{path} ends in half a line"]
+    assert TeacherTable.open(folder).missing() == 22  # of 150 rows in shards of 64
+    assert make(tmp_path).written == 22
+    assert verify(folder).sound
+    assert len(TeacherTable.open(folder).rows(samples.ids, 1)) == 150
+
+
+def test_two_writers_of_one_number(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path, views=1).folder
+    with (
+        locked(folder, "rank000"),
+        pytest.raises(CacheError, match="is being written by another process as rank000"),
+    ):
+        make(tmp_path, views=1)
+    with locked(folder, "table", shared=True):
+        for use in (gc, compact):
+            with pytest.raises(CacheError, match="is being written by another process"):
+                use(folder)
+    assert verify(folder).sound
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk on which no file can grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_loses_nothing(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path, views=1).folder
+    # The journal is what grows beyond: the shard before it is there, and its line is not.
+    limit = (folder / "rank000.journal").stat().st_size + 100
+    before = {path: path.read_bytes() for path in files(folder)}
+    with largest_file(max(limit, 2600)), pytest.raises((CacheError, ResultsError), match="written"):
+        make(tmp_path, views=2, allow_mismatch=("cache.views",))
+    for path, content in before.items():
+        if path.name not in ("manifest.json", "rank000.journal"):
+            assert path.read_bytes() == content
+    done = make(tmp_path, views=2, allow_mismatch=("cache.views",))
+    assert done.missing == 0
+    found = verify(folder)
+    assert (found.rows, found.problems) == (300, [])
+
+
+def test_a_folder_that_can_only_be_read(make: Any, samples: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)
+        folder = make(place).folder
+        paths = [place, *place.rglob("*")]
+        for path in paths:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        root = os.geteuid() == 0
+        if root:  # whom no permission stops
+            os.seteuid(65534)
+        try:
+            with TeacherTable.open(folder) as table:
+                assert len(table.rows(samples.ids, 1)) == 150
+            assert verify(folder).sound
+            with pytest.raises(CacheError, match=r"can't be written .Permission denied"):
+                make(place)
+            with pytest.raises((CacheError, ResultsError), match=r"Permission denied"):
+                make(place, k=3)
+        finally:
+            if root:
+                os.seteuid(0)
+            for path in paths:
+                path.chmod(0o755)
+
+
+def test_a_shard_of_another_table_is_refused(make: Any, tmp_path: Path) -> None:
+    folder, other = make(tmp_path / "a").folder, make(tmp_path / "b", seed=6).folder
+    for path in files(other / "view-00000"):
+        path.replace(folder / "view-00000" / path.name)
+    (other / "rank000.journal").replace(folder / "rank000.journal")
+    found = verify(folder)
+    assert found.rows == 0 or not found.sound
+    assert any("is a shard of another table: its fingerprint is" in x for x in found.problems)
+
+
+def test_a_writer_takes_no_more_than_a_shard(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, Layout(10, 4), fingerprint="f", writer="rank000", rows=8)
+    with pytest.raises(ValueError, match="at most 8 rows at a time, got 9"):
+        writer.add(0, np.arange(9), np.zeros((9, 18), dtype=np.uint8))
+    writer.add(0, np.arange(6), np.zeros((6, 18), dtype=np.uint8))
+    assert journals(tmp_path) == []  # nothing is written before a shard is full
+    writer.add(0, np.arange(6, 11), np.zeros((5, 18), dtype=np.uint8))
+    writer.flush()
+    assert [line.rows for line in read_journal(journals(tmp_path)[0])] == [6, 5]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.zeros(0, dtype=np.int64),
+        np.array([7]),
+        np.arange(-5, 400),
+        np.array([-(2**63), -1, 0, 1, 2, 2**63 - 1]),
+        np.unique(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 3000)),
+        np.concatenate([np.arange(1000), [2**40]]),  # all but one in one bucket
+    ],
+    ids=len,
+)
+def test_lookup_finds_what_is_there(ids: Any) -> None:
+    near = np.concatenate([ids, ids[1:] - 1, ids[:-1] + 1, [-(2**63), 0, 3, 2**63 - 1]])
+    places, found = Lookup.of(ids)(near.astype(np.int64))
+    assert np.array_equal(found, np.isin(near, ids))
+    assert np.array_equal(ids[places[found]], near[found])
+    assert (places[~found] == 0).all()
+
+
+def test_sealed_text_is_refused_after_a_change() -> None:
+    text = seal({"a": 1, "b": [1.5, "x"]})
+    assert unseal(text) == {"a": 1, "b": [1.5, "x"]}
+    changed = json.dumps({**json.loads(text), "a": 2})
+    for broken in (changed, "{}", "[]", text[:-1]):
+        with pytest.raises(ValueError, match=r"."):
+            unseal(broken)

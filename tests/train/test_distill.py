@@ -1,0 +1,335 @@
+"""A student of a table, of the teacher itself, and of both."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastscarce.cache import Layout, Teacher, TeacherTable, build
+from fastscarce.cli import main
+from fastscarce.config import DataConfig, ModelConfig, RunConfig, StudentConfig, TeacherConfig
+from fastscarce.data import StreamBatch
+from fastscarce.errors import DataError, ModelError
+from fastscarce.ops import MixedTopK, TopK, kd_loss
+from fastscarce.train.objectives import SelfTraining
+from fastscarce.train.run import open_run
+from fastscarce.train.tables import samples_of
+from fastscarce.train.task import Task, prepare
+from fastscarce.train.teacher import load_teacher
+from fastscarce.train.teaching import Teaching, mixed_rows, with_mixing
+
+DATA = ["--test_fraction=0.85", "--cpu=true", "--threads=1"]
+
+
+def fastscarce(*words: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def teacher(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outcome = command("finetune", tmp_path_factory.mktemp("teacher") / "run", training__steps=60)
+    assert outcome.code == 0, outcome.err
+    folder: Path = outcome.folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of three views of the 269 training images, made by two processes."""
+    folder = tmp_path_factory.mktemp("table")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        for rank in ("1", "0"):
+            patch.setenv("RANK", rank)
+            code, out, err = fastscarce(
+                "cache", "build", f"--teacher={teacher}", f"--out={folder}", "--views=3",
+                "--k=5", "--teacher-batch-size=64", *DATA,
+            )  # fmt: skip
+            assert code == 0, err
+    assert "complete" in out
+    return folder
+
+
+def test_the_commands_of_a_table(teacher: Path, table: Path, tmp_path: Path) -> None:
+    deep = ["--deep=20", f"--teacher={teacher}", *DATA]
+    code, out, err = fastscarce("cache", "verify", str(table), *deep)
+    assert code == 0, err
+    assert "0 missing" in out
+    assert "asked again about 20 rows: KL" in out
+    code, out, _ = fastscarce("cache", "info", str(table))
+    assert code == 0
+    assert "k: 5\n" in out
+    assert "teacher_top1:" in out
+    copy = shutil.copytree(table, tmp_path / "copy")
+    code, out, _ = fastscarce("cache", "compact", str(copy))
+    assert (code, out) == (0, "6 shards became 3\n")
+    code, out, _ = fastscarce("cache", "diff", str(table), str(copy))
+    assert code == 0
+    assert "but for: nothing" in out
+    code, out, _ = fastscarce("cache", "export", str(copy), "--to", "parquet", "--out",
+                              str(tmp_path / "rows.parquet"))  # fmt: skip
+    assert code == 0
+    assert (tmp_path / "rows.parquet").is_file()
+    shard = next(copy.rglob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    code, out, _ = fastscarce("cache", "verify", str(copy))
+    assert code == 1
+    assert "its checksum does not match" in out or "samples.safetensors" in out
+    if shard.parent.name.startswith("view"):
+        code, out, _ = fastscarce("cache", "gc", str(copy))
+        assert code == 0
+        assert "dropped" in out
+    for words, message in (
+        (["vrify", "x"], "did you mean verify?"),
+        (["info", "--pth=x"], "cache info has no setting 'pth'; did you mean path?"),
+        (["info", str(tmp_path / "no")], "holds no teacher's table"),
+    ):
+        code, _, err = fastscarce("cache", *words)
+        assert code == 2
+        assert message in err
+
+
+def test_a_student_of_the_table_and_of_the_teacher_are_one(
+    command: Any, same_weights: Any, teacher: Path, table: Path, tmp_path: Path
+) -> None:
+    """Same views, same rows: only the teacher's batches differ, and the table's are of 64."""
+    settings = {"model__name": "small_cnn_gn", "student__steps": 6}
+    cached = command("distill", tmp_path / "cached", cache=table, **settings)
+    assert cached.code == 0, cached.err
+    assert "3 views, 32 remembered ones are equal" in cached.out
+    assert cached.result["filled_rows"] == 0
+    assert len(cached.result["table"]) == 32
+    live = command(
+        "distill", tmp_path / "live", teacher=teacher, policy="standard", k=5, views=3, **settings
+    )
+    assert live.code == 0, live.err
+    for (*_, left), (*_, right) in zip(cached.losses, live.losses, strict=True):
+        assert left == pytest.approx(right, rel=1e-3)
+
+
+def test_missing_rows_are_counted_or_said_by_the_teacher(
+    command: Any, teacher: Path, table: Path, tmp_path: Path
+) -> None:
+    settings = {"model__name": "small_cnn_gn", "student__steps": 6}
+    whole = command("distill", tmp_path / "whole", cache=table, **settings)
+    copy = shutil.copytree(table, tmp_path / "copy")
+    lost = sorted(copy.rglob("view-00000/*"))[0]
+    lost.unlink()
+    assert fastscarce("cache", "gc", str(copy))[0] == 0
+    refused = command("distill", tmp_path / "refused", cache=copy, **settings)
+    assert refused.code == 2
+    assert "lacks 141 rows; run the same `fastscarce cache build` again, or give" in refused.err
+    filled = command("distill", tmp_path / "filled", cache=copy, teacher=teacher, **settings)
+    assert filled.code == 0, filled.err
+    assert filled.result["filled_rows"] > 0
+    for (*_, left), (*_, right) in zip(filled.losses, whole.losses, strict=True):
+        assert left == pytest.approx(right, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"seed": 1}, "transform.seed"),
+        ({"labels_per_class": 5}, None),  # the same training images: nothing differs
+        ({"holdout_per_class": 1}, "data.ids"),
+        ({"policy": "weak"}, "transform.policy"),
+        ({"teacher": "other"}, "teacher.tensors"),
+    ],
+)
+def test_refusals_of_a_table_name_the_key(
+    command: Any, table: Path, tmp_path: Path, settings: dict[str, Any], key: str | None
+) -> None:
+    if "teacher" in settings:
+        other = command("finetune", tmp_path / "other", training__steps=2)
+        settings = {"teacher": other.folder}
+    outcome = command("distill", tmp_path / "run", cache=table, student__steps=1, **settings)
+    if key is None:
+        assert outcome.code == 0, outcome.err
+        return
+    assert outcome.code == 2
+    assert f"made of something else: {key}" in outcome.err or f"{key}" in outcome.err
+    assert "--allow-mismatch" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("preset", "alpha", "loss"), [("consistent", 1.0, "kl"), ("deit", 0.5, "hard"),
+                                  ("dkd", 0.5, "dkd")]
+)  # fmt: skip
+def test_presets_train(
+    command: Any, table: Path, tmp_path: Path, preset: str, alpha: float, loss: str
+) -> None:
+    outcome = command(
+        "distill", tmp_path / "run", cache=table, preset=preset, student__steps=3,
+        student__unlabelled_batch_size=264, student__learning_rate=0.01,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    steps = {"consistent": 31}.get(preset, 3)  # 30 epochs of 269 images
+    assert [step for stage, step, _ in outcome.losses] == list(range(1, steps + 1))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
+    out = tmp_path_factory.mktemp("distill") / "run"
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = open_run(RunConfig(out=str(out), tensorboard=False, cpu=True, threads=1), "distill")
+        yield prepare(run, DataConfig(test_fraction=0.85))
+    run.close()
+
+
+def teaching(task: Task, source: Any, **settings: Any) -> Teaching:
+    policy = task.pool.policy("standard")
+    return Teaching(
+        task.pool,
+        samples_of(task.images, task.split, task.pool).positions,
+        policy=policy,
+        mixing=with_mixing(policy, StudentConfig(**settings)),
+        source=source,
+        views=3,
+    )
+
+
+LOSSES = {
+    "kl": lambda logits, p, label: kd_loss(logits, p.log(), None, temperature=2.0),
+    "hard": lambda logits, p, label: kd_loss(logits, None, p.argmax(1)),
+    "dkd": lambda logits, p, label: kd_loss(
+        logits, p.log(), label, loss="dkd", temperature=2.0, alpha=(1.0, 0.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_those_of_the_rows(task: Task, table: Path, loss: str) -> None:
+    settings = StudentConfig(
+        unlabelled_batch_size=24, alpha=1.0, temperature=2.0, cutmix_probability=0.0,
+        loss=loss,  # type: ignore[arg-type]
+    )  # fmt: skip
+    model = task.network(ModelConfig(name="small_cnn_gn"), "teacher")
+    with TeacherTable.open(table) as source:
+        taught = teaching(task, source, cutmix_probability=0.0)
+        objective = SelfTraining(task.run, task.pool, task.split.labelled, taught, settings)
+        value = objective(model, 20, 0, 1)  # of the second epoch
+        value.backward()
+        batch = objective._stream.batch(20)
+        ids = task.pool.ids[batch.positions]
+        rows = source.rows(ids, batch.view % 3)
+    images = task.pool.views(batch.positions, "standard", batch.view % 3, model)
+    label = torch.full((24,), -100)
+    known = np.isin(batch.positions, task.split.labelled)
+    label[torch.from_numpy(known)] = task.pool.labels[torch.from_numpy(batch.positions[known])]
+    assert 0 < known.sum() < 24
+    dense = torch.log_softmax(rows.dense(10).float(), dim=1).exp()
+    expected = LOSSES[loss](model(images), dense, label)
+    torch.testing.assert_close(value, expected, rtol=2e-3, atol=1e-5)
+    assert all(bool((p.grad != 0).any()) for p in model.parameters() if p.grad is not None)
+
+
+class Made(TorchDispatchMode):
+    """The shapes of the numbers that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                self.shapes.add(tuple(value.shape))
+        return out
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_a_dense_teacher_never_appears(task: Task, table: Path, probability: float) -> None:
+    """From the table to the loss, rows of 5 of the 10 classes are all that is made."""
+    model = torch.nn.Identity()
+    with TeacherTable.open(table) as source:
+        taught = teaching(task, source, cutmix_probability=probability)
+        none, place = np.zeros(24, dtype=np.int64), np.arange(24)
+        batch = StreamBatch(taught.lessons[:24], epoch=none, view=none, partners=place ^ 1)
+        taken = task.pool.take(batch.positions)
+        with Made() as made:
+            _, plan, rows = taught.views(batch, taken, model)
+            said = mixed_rows(rows, plan)
+        assert isinstance(said, MixedTopK if probability else TopK)
+    assert (24, 5) in made.shapes
+    assert not {(24, 10), (10, 24)} & made.shapes
+    kd_loss(torch.zeros(24, 10), said, None)
+
+
+def test_teachers_by_name(task: Task, teacher: Path, tmp_path: Path) -> None:
+    facts: dict[str, Any] = {
+        "classes": task.images.classes, "channels": 1, "device": torch.device("cpu")
+    }  # fmt: skip
+
+    def of(name: str | Path, **changed: Any) -> Teacher:
+        return load_teacher(TeacherConfig(teacher=str(name), **changed), **facts)
+
+    one, both = of(teacher), of(f"{teacher}, {teacher}")
+    assert (len(one.models), len(both.models), one.image_size) == (1, 2, (8,))
+    plan = task.pool.draw(np.arange(6), "eval", 0)
+    index = torch.arange(6)
+    said, twice = (each.logits(plan, task.pool.whole(), index) for each in (one, both))
+    torch.testing.assert_close(twice, said.log_softmax(1))
+
+    turned = tmp_path / "map.yaml"
+    turned.write_text(json.dumps({str(n): [str((n + 1) % 10)] for n in range(10)}))
+    mapped = of(teacher, class_map=str(turned)).logits(plan, task.pool.whole(), index)
+    torch.testing.assert_close(mapped.roll(1, 1), said.log_softmax(1), rtol=1e-4, atol=1e-4)
+
+    import timm
+
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    network = timm.create_model("test_efficientnet", num_classes=4)
+    from timm.models import save_for_hf
+
+    save_for_hf(network, folder, model_config={"num_classes": 4})
+    with pytest.raises(DataError, match=r"knows other classes .4 classes. than the data"):
+        of(f"local-dir:{folder}")
+    four = tmp_path / "four.json"
+    four.write_text(json.dumps({str(n): n % 4 for n in range(10)}))
+    assert of(f"local-dir:{folder}", class_map=str(four), teacher_image_size=32).classes == 10
+    for content, message in (
+        ({"0": 1}, "needs an entry for the class '1'"),
+        ({**{str(n): n % 4 for n in range(9)}, "9": 4}, "names 4 for '9', which is no class"),
+        ([1], "needs a mapping"),
+    ):
+        four.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=message):
+            of(f"local-dir:{folder}", class_map=str(four))
+    with pytest.raises(ModelError, match="is unknown; near names are"):
+        of("small_cnnn")
+
+
+def test_a_table_of_several_teachers_and_half_precision(
+    task: Task, teacher: Path, tmp_path: Path
+) -> None:
+    config = TeacherConfig(teacher=f"{teacher},{teacher}", teacher_precision="bfloat16")
+    loaded = load_teacher(
+        config, classes=task.images.classes, channels=1, device=torch.device("cpu")
+    )
+    samples = samples_of(task.images, task.split, task.pool)
+    settings: dict[str, Any] = {"policy": "weak", "seed": 1, "k": 10}
+    built = build(loaded, samples, tmp_path / "a", views=1, **settings)
+    full = build(replace(loaded, precision="float32"), samples, tmp_path / "b", views=1, **settings)
+    with TeacherTable.open(built.folder) as half, TeacherTable.open(full.folder) as whole:
+        assert half.manifest.content["teacher"]["precision"] == "bfloat16"
+        assert half.layout == Layout(10, 10)
+        a, b = (x.rows(samples.ids, 0).log_probs.float().exp() for x in (half, whole))
+    assert 0.0 < float((a - b).abs().max()) < 0.1
