@@ -243,6 +243,15 @@ struct DivergenceLoss {
     if (!held.out) return loss;
     // Label exponentials are made relative to the rest's maximum, where they are powers of others.
     const A label_by = student_sum == 0 ? A(0) : c.label * exponential(top.student - whole_max);
+    // What the sweep leaves out of the labels' own; one that is not there has no place.
+    A own[2] = {A(0), A(0)};
+    if constexpr (dkd)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (i >= members.count) continue;
+        own[i] = w.kd_gradient * label_gradient[i];
+        if (label.given) own[i] += c.label * exponential(members.logit[i].student - whole_max);
+      }
     held.sweep(without_labels([&](int from, const A(&s)[n], const A(&t)[n], const A(&)[n]) {
       A g[n];
 #pragma unroll
@@ -260,14 +269,10 @@ struct DivergenceLoss {
         g[j] = w.kd_gradient * distil - c.constant;
         if (label.given) g[j] += label_by * label.exponential_of(x, e);
       }
-      if constexpr (dkd)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (i >= members.count) continue;
-          A own = w.kd_gradient * label_gradient[i];
-          if (label.given) own += c.label * exponential(members.logit[i].student - whole_max);
-          label.add_at(g, members.index[i] - from, own);
-        }
+      if constexpr (dkd) {
+        label.add_at(g, members.index[0] - from, own[0]);
+        label.add_at(g, members.index[1] - from, own[1]);
+      }
       label.subtract(held.row, from, c, worth.label, g);
       held.store(from, g);
     }));

@@ -138,7 +138,7 @@ struct HeldRows {
   static constexpr int capacity = Width * Chunks;
   // A multiprocessor has registers for two: one loads while the other computes. Without that bound
   // the compiler keeps 16-bit logits as floats, and registers for one.
-  static constexpr int blocks = sizeof(A) == 4 && (sizeof(S) == 4 || Chunks <= 4) ? 2 : 1;
+  static constexpr int blocks = sizeof(A) == 4 ? 2 : 1;
 
   RowThreads<Width, split> group;
   Matrix first_matrix, second_matrix;
@@ -410,7 +410,9 @@ void with_rows(int64_t classes, F f) {
     }
     if (chunks <= 128) return f(Type<HeldRows<S, A, Two, 32, 4>>());
     if constexpr (K == Kinds::every) {
-      if (chunks <= 256) return f(Type<HeldRows<S, A, Two, 32, 8>>());
+      // Of 16 bits these take the registers of two blocks, and long to compile.
+      if constexpr (sizeof(S) == 4)
+        if (chunks <= 256) return f(Type<HeldRows<S, A, Two, 32, 8>>());
       if (chunks <= 1024) return f(Type<HeldRows<S, A, Two, kThreads, 4>>());
     }
   }

@@ -33,10 +33,10 @@ namespace {
 // A row of one teacher: y of its classes, and what they amount to.
 template <class A>
 struct TeacherView {
-  const int32_t* index = nullptr;
+  const int32_t* index;
   Matrix log_probs, log_tail;
-  int64_t row = 0;
-  int k = 0;
+  int64_t row;
+  int k;
   A top = A(0), share = A(1);
   TeacherRow<A> of = {};
 
@@ -156,7 +156,7 @@ struct TopKLoss {
     const int teachers = call.mix ? 2 : 1;
     TeacherView<A> view[2];
     view[0].place(call, 0, held.row);
-    if (teachers == 2) view[1].place(call, 1, held.row);
+    view[1].place(call, 1, held.row);  // of no classes, where there is none
     const auto student_at = [&](int i) { return A(number(held.first[i])); };
     // f(t, i) of the k of each teacher, shared among the threads.
     const auto over_named = [&](auto f) {

@@ -19,6 +19,7 @@ import torch
 FOLDER = Path(__file__).parent / "cuda_emulator"
 ROOT = FOLDER.parents[2]
 BUILD = ROOT / "build" / "cuda_emulator"
+CASES = ("cases.py", "loading_cases.py", "augment_cases.py")
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +102,12 @@ def test_kernels_agree_with_the_cpu(build: Path) -> None:
         # Fresh memory is NaN: what is read before it is written shows.
         "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1000000:malloc_fill_byte=255",
         "FASTSCARCE_EMULATED": str(build / "libemulated.so"),
+        # Cases share helpers.
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p",
-         "no:benchmark", str(FOLDER / "cases.py"), str(FOLDER / "augment_cases.py")],
+         "no:benchmark", *(str(FOLDER / name) for name in CASES)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
