@@ -19,13 +19,6 @@ from typing import Any, NoReturn
 
 from fastscarce.config import (
     BenchDataConfig,
-    CacheBuildConfig,
-    CacheCompactConfig,
-    CacheDiffConfig,
-    CacheExportConfig,
-    CacheGcConfig,
-    CacheInfoConfig,
-    CacheVerifyConfig,
     DistillConfig,
     FinetuneConfig,
     LabelCommandConfig,
@@ -33,6 +26,15 @@ from fastscarce.config import (
     ShowAugmentConfig,
 )
 from fastscarce.errors import ConfigError, FastscarceError, Interrupted
+from fastscarce.table_config import (
+    CacheBuildConfig,
+    CacheCompactConfig,
+    CacheDiffConfig,
+    CacheExportConfig,
+    CacheGcConfig,
+    CacheInfoConfig,
+    CacheVerifyConfig,
+)
 
 __all__ = ["console", "main"]
 
@@ -303,13 +305,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(str(error), file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt:  # before the run watches for signals, or after
-        print("Stopped by SIGINT; --resume goes on with what was saved.", file=sys.stderr)
+        print(f"Stopped by SIGINT; {_going_on(words)}.", file=sys.stderr)
         return 130
     except FastscarceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {_disk(error)}", file=sys.stderr)
+        print(f"error: {_disk(error)}, then {_going_on(words)}.", file=sys.stderr)
         return 2
     except RuntimeError as error:  # PyTorch says that a worker died wherever the program is
         from fastscarce.data.workers import explain
@@ -317,18 +319,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trouble = explain(error)
         if trouble is None:
             raise
-        print(f"error: {trouble} --resume goes on with what was saved.", file=sys.stderr)
+        print(f"error: {trouble} Then {_going_on(words)}.", file=sys.stderr)
         return 2
+
+
+def _going_on(words: Sequence[str]) -> str:
+    """What to type after a command that ended early."""
+    command = _command_of(words)
+    if command is not None and "resume" in _flags(COMMANDS[command]):
+        return "the same command with --resume goes on with what was saved"
+    return "run the same command again: what was written is whole"
 
 
 def _disk(error: OSError) -> str:
     place = f" ({error.filename})" if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return (
-            f"The disk is full{place}; free space and run the same command with --resume: what was "
-            "saved before is whole."
-        )
-    return f"{error.strerror or error}{place}; mend that and run the same command with --resume."
+        return f"The disk is full{place}; free space"
+    return f"{error.strerror or error}{place}; mend that"
 
 
 def console() -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import re
@@ -19,7 +20,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastscarce.cli import main
+from fastscarce.cli import COMMANDS, _going_on, main
 from fastscarce.config import SelftrainConfig
 
 QUICK = ["--cpu=true", "--threads=1", "--tensorboard=false"]
@@ -386,6 +387,22 @@ def test_a_full_disk(small_disk: Path | None, tmp_path: Path) -> None:
     # with room again, the same command goes on
     resumed = fastscarce(*words, "--resume")
     assert resumed.code == 0, resumed.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("finetune --out=x", "the same command with --resume goes on with what was saved"),
+        ("cache build --out=x", "run the same command again: what was written is whole"),
+        ("bench data", "run the same command again: what was written is whole"),
+        ("", "run the same command again: what was written is whole"),
+    ],
+)
+def test_what_goes_on_after_an_interrupt(typed: str, said: str) -> None:
+    assert _going_on(typed.split()) == said
+    switches = {"finetune": True, "cache build": False}  # as the commands themselves have it
+    for command, resumes in switches.items():
+        assert ("resume" in {f.name for f in dataclasses.fields(COMMANDS[command])}) == resumes
 
 
 # ---- importing

@@ -18,6 +18,7 @@ SIDE = {
     "models": ({"_ops", "ops", "augment", "data"}, {"train", "cli"}),
     "report": ({"ops", "augment", "data"}, {"train", "cli"}),
     "doctor": ({"_ops"}, {"cli"}),
+    "table_config": (set(), {"train", "cli"}),
 }
 # Package: the modules or rooms that may import it at all.
 PLACES = {

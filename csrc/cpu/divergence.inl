@@ -117,7 +117,7 @@ struct Divergences {
     ce.count = A(r.classes);
     if (setup.smoothing || setup.dense) {
       const A* y = setup.dense ? read_row<A>(call.soft, row, 0, r.classes, r.soft) : nullptr;
-      Body::add_label_sums(setup, r.student, y, r.classes, ce);
+      add_label_sums<V>(setup.smoothing, setup.dense, r.student, y, r.classes, ce);
     }
     const auto dot = [&](int64_t index, double share) {
       return index < 0 || share == 0 ? A(0) : A(share) * (r.student[index] - ce.student_max);

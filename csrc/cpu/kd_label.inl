@@ -76,3 +76,37 @@ template <class V, class Exponential>
 struct Divergences;  // divergence.inl: other divergences than KL(p || q)
 template <class V, class Exponential>
 struct DivergenceLanes;  // divergence_lanes.inl: those, one row a lane
+
+// Sums over all logits that only label smoothing and dense labels want; the chunk is in L1.
+template <class V>
+void add_label_sums(bool smoothing, bool dense, const typename V::Scalar* s,
+                    const typename V::Scalar* y, int64_t n, KdStatistics<typename V::Scalar>& out) {
+  using A = typename V::Scalar;
+  constexpr int64_t L = V::lanes;
+  const int64_t whole = n / L * L;
+  const V student_max(out.student_max), zero(A(0));
+  if (smoothing) {
+    // Four sums, so that an addition does not wait for the one before.
+    V sums[4] = {zero, zero, zero, zero};
+    int64_t at = 0;
+    for (; at + 4 * L <= whole; at += 4 * L)
+      for (int k = 0; k < 4; ++k) sums[k] = sums[k] + (V::load(s + at + k * L) - student_max);
+    for (; at < whole; at += L) sums[0] = sums[0] + (V::load(s + at) - student_max);
+    out.logit_sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int64_t i = whole; i < n; ++i) out.logit_sum += s[i] - out.student_max;
+  }
+  if (dense) {
+    V mass = zero, dot = zero;
+    for (int64_t i = 0; i < whole; i += L) {
+      const V label = V::load(y + i);
+      mass = mass + label;
+      dot = add_product_unless_zero(label, V::load(s + i) - student_max, dot);
+    }
+    out.soft_mass = sum_of(mass);
+    out.soft_dot = sum_of(dot);
+    for (int64_t i = whole; i < n; ++i) {
+      out.soft_mass += y[i];
+      out.soft_dot += select(y[i], y[i] * (s[i] - out.student_max), A(0));
+    }
+  }
+}

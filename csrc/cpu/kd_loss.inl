@@ -147,37 +147,6 @@ struct Kd {
     return out;
   }
 
-  // Sums over all logits that only label smoothing and dense labels want; the chunk is in L1.
-  static void add_label_sums(const Setup& setup, const A* s, const A* y, int64_t n,
-                             Statistics& out) {
-    const int64_t whole = n / L * L;
-    const V student_max(out.student_max), zero(A(0));
-    if (setup.smoothing) {
-      // Four sums, so that an addition does not wait for the one before.
-      V sums[4] = {zero, zero, zero, zero};
-      int64_t at = 0;
-      for (; at + 4 * L <= whole; at += 4 * L)
-        for (int k = 0; k < 4; ++k) sums[k] = sums[k] + (V::load(s + at + k * L) - student_max);
-      for (; at < whole; at += L) sums[0] = sums[0] + (V::load(s + at) - student_max);
-      out.logit_sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-      for (int64_t i = whole; i < n; ++i) out.logit_sum += s[i] - out.student_max;
-    }
-    if (setup.dense) {
-      V mass = zero, dot = zero;
-      for (int64_t i = 0; i < whole; i += L) {
-        const V label = V::load(y + i);
-        mass = mass + label;
-        dot = add_product_unless_zero(label, V::load(s + i) - student_max, dot);
-      }
-      out.soft_mass = sum_of(mass);
-      out.soft_dot = sum_of(dot);
-      for (int64_t i = whole; i < n; ++i) {
-        out.soft_mass += y[i];
-        out.soft_dot += select(y[i], y[i] * (s[i] - out.student_max), A(0));
-      }
-    }
-  }
-
   // ---- gradient of one chunk
   template <int Power, bool Teacher>
   static void chunk_gradient(const Coefficients& c, const A* student_kept, const A* teacher_kept,
@@ -289,7 +258,7 @@ struct Kd {
                                     kept.label + from, buffers.pending);
       if (setup.smoothing || setup.dense) {
         const A* y = setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
-        add_label_sums(setup, s, y, n, kept.statistics[k]);
+        add_label_sums<V>(setup.smoothing, setup.dense, s, y, n, kept.statistics[k]);
       }
     }
   }

@@ -230,7 +230,7 @@ struct TopKRows {
       if (setup.smoothing || setup.dense) {
         const A* const y =
             setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
-        Body::add_label_sums(setup, s, y, n, kept.statistics[c]);
+        add_label_sums<V>(setup.smoothing, setup.dense, s, y, n, kept.statistics[c]);
       }
     }
     gather(call, row, named, A(0));

@@ -109,7 +109,8 @@ def build(
         codec: Of the log-probabilities.
         tagged: Keep a hash of the plan with each row.
         batch_size: Rows of a forward pass. Part of the result.
-        rows_per_shard: After how many rows a file is closed. A process that dies loses as many.
+        rows_per_shard: After how many rows a file is closed. A process that dies loses at most as
+            many, and those on their way to the file.
         rank: This process's number; each needs its own.
         world_size: How many processes share the work.
         allow_mismatch: Keys that a table which is to be continued may differ in.

@@ -43,9 +43,8 @@ def view_folder(view: int) -> str:
 class ShardWriter:
     """Collects rows and writes a shard when one is full.
 
-    A process that dies loses the rows since the last shard at most: a shard is written beside its
-    place, flushed to the disk and renamed, the folder flushed, and then its line is appended to the
-    writer's journal.
+    A process that dies loses the rows since the last line of its journal: a shard is written beside
+    its place, flushed to the disk and renamed, the folder flushed, and then its line is appended.
     """
 
     def __init__(

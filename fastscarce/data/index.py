@@ -24,6 +24,7 @@ from fastscarce.files import write_whole
 __all__ = [
     "Arrays",
     "Index",
+    "alone",
     "cache_folder",
     "keep",
     "keep_digests",
@@ -101,7 +102,7 @@ def keep(key: str, build: Callable[[], Index]) -> Index:
     found = _read(place)
     if found is not None:
         return found
-    with _alone(place):
+    with alone(place):
         # Another process of this run may have built it in the meantime.
         found = _read(place)
         if found is not None:
@@ -116,7 +117,7 @@ def keep(key: str, build: Callable[[], Index]) -> Index:
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[None]:
+def alone(place: Path) -> Iterator[None]:
     """Wait until no other process is at work on a file of the cache, where it can be written."""
     with ExitStack() as stack:
         with suppress(OSError):

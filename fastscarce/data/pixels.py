@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastscarce.data.backend import open_backend
-from fastscarce.data.index import place_of
+from fastscarce.data.index import alone, place_of
 from fastscarce.data.request import Backend, Request, decode_request
 from fastscarce.data.source import Positions, Source
 from fastscarce.errors import DataError
@@ -207,6 +207,16 @@ def map_file(
     found = _kept(place, beside, shape)
     if found is not None:
         return found
+    with alone(place):  # another process of this run may fill it
+        return _kept(place, beside, shape) or _filled(place, beside, shape, fill)
+
+
+def _filled(
+    place: Path,
+    beside: Path,
+    shape: tuple[int, ...],
+    fill: Callable[[npt.NDArray[np.uint8]], dict[str, Any]],
+) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
     needed = int(np.prod(shape, dtype=np.int64))
     place.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place.parent).free

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from fastscarce.augment import Policy, get_policy
-from fastscarce.cache import Layout, Teacher, TeacherTable, check_sentinels, expectation
+from fastscarce.cache import (
+    Layout,
+    Samples,
+    Teacher,
+    TeacherTable,
+    check_sentinels,
+    expectation,
+)
 from fastscarce.config import DistillConfig, StudentConfig
 from fastscarce.errors import CacheError, ConfigError, DataError
 from fastscarce.pseudo import PseudoLabels, read_parquet
@@ -111,6 +118,19 @@ def _teaching(
             device=task.run.device,
         )
     samples = samples_of(task.images, task.split, task.pool)
+
+    def teaching(policy: Policy, views: int | None, **rows: Any) -> Teaching:
+        mixing = with_mixing(policy, student)
+        return Teaching(
+            task.pool,
+            samples.positions,
+            policy=policy,
+            mixing=mixing,
+            live=live,
+            views=views,
+            **rows,
+        )
+
     if config.cache is None:
         policy = task.pool.policy(config.policy or student.augmentation)
         if policy.without("cutmix", "mixup") != policy:
@@ -120,42 +140,21 @@ def _teaching(
             )
         classes = task.pool.classes
         layout = Layout(classes, min(config.k or _K, classes))
-        yield (
-            Teaching(
-                task.pool,
-                samples.positions,
-                policy=policy,
-                mixing=with_mixing(policy, student),
-                live=live,
-                layout=layout,
-                views=config.views,
-            ),
-            None,
-        )
+        yield teaching(policy, config.views, layout=layout), None
         return
-    with _table(task, config, live) as table:
+    with _table(task, samples, config, live) as table:
         policy = get_policy(table.manifest.content["transform"]["policy"])
         views = table.views if config.views is None else config.views
-        _check(task, config, table, policy, views, live)
+        _check(task, samples, config, table, policy, views, live)
         result["table"] = table.manifest.fingerprint
-        yield (
-            Teaching(
-                task.pool,
-                samples.positions,
-                policy=policy,
-                mixing=with_mixing(policy, student),
-                source=table,
-                live=live,
-                views=views,
-            ),
-            None,
-        )
+        yield teaching(policy, views, source=table), None
 
 
-def _table(task: Task, config: DistillConfig, live: Teacher | None) -> TeacherTable:
+def _table(
+    task: Task, samples: Samples, config: DistillConfig, live: Teacher | None
+) -> TeacherTable:
     """The table of this data, these views and, where it is given, this teacher."""
     assert config.cache is not None
-    samples = samples_of(task.images, task.split, task.pool)
     expect = expectation(samples, task.pool.policy(config.policy or "eval"), task.pool.seed)
     if config.policy is None:
         del expect["transform"]["policy"]
@@ -171,6 +170,7 @@ def _table(task: Task, config: DistillConfig, live: Teacher | None) -> TeacherTa
 
 def _check(
     task: Task,
+    samples: Samples,
     config: DistillConfig,
     table: TeacherTable,
     policy: Policy,
@@ -189,20 +189,17 @@ def _check(
         raise ConfigError(
             f"views must be from 1 to the {table.views} of the table {table.folder}, got {views}."
         )
-    positions = samples_of(task.images, task.split, task.pool).positions
-    ids = task.pool.ids[positions]
-    lacking = table.missing() + views * int((~np.isin(ids, table.ids)).sum())
+    lacking = table.missing() + views * int((~np.isin(samples.ids, table.ids)).sum())
     if lacking and live is None:
         raise CacheError(
             f"{table.folder} lacks {lacking} rows; run the same `fastscarce cache build` again, or "
             "give --teacher to say what is missing."
         )
     if lacking == 0 and "data.pixels" not in allowed:
-        places = {int(number): int(place) for number, place in zip(ids, positions, strict=True)}
         compared = check_sentinels(
             table,
-            task.pool.whole(),
-            places,
+            samples.images,
+            dict(zip(samples.ids.tolist(), samples.positions.tolist(), strict=True)),
             policy=policy,
             seed=task.pool.seed,
             views=range(min(views, _CHECKED_VIEWS)),

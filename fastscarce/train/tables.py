@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from fastscarce.cache import Built, Samples, Teacher, Verification, build, verify
-from fastscarce.config import CacheBuildConfig, CacheVerifyConfig, TableConfig
 from fastscarce.data import ImageSet, Split
+from fastscarce.table_config import CacheBuildConfig, CacheVerifyConfig, TableConfig
 from fastscarce.train.pool import Pool
 from fastscarce.train.task import open_data
 from fastscarce.train.teacher import load_teacher

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -155,19 +153,11 @@ def _say_failures(say: Callable[[str], None], images: ImageSet, on_error: str) -
 
 def prepare(run: Run, config: DataConfig) -> Task:
     """Load and split the data set, and move it to the run's device; see `open_data`."""
-    # The main process writes a file of pixels, and the others map it.
-    turns = run.accelerator.main_process_first() if config.pool == "disk" else nullcontext()
-    seed = run.config.seed
-    return Task(run, *open_data(config, seed=seed, device=run.device, say=run.say, turns=turns))
+    return Task(run, *open_data(config, seed=run.config.seed, device=run.device, say=run.say))
 
 
 def open_data(
-    config: DataConfig,
-    *,
-    seed: int,
-    device: torch.device,
-    say: Callable[[str], None],
-    turns: AbstractContextManager[Any] | None = None,
+    config: DataConfig, *, seed: int, device: torch.device, say: Callable[[str], None]
 ) -> tuple[ImageSet, Split, Pool]:
     """A data set, its split, and its images on a device.
 
@@ -178,7 +168,6 @@ def open_data(
         seed: Of the split and of all views.
         device: Where the images go.
         say: Gets lines for people.
-        turns: Entered while images are read, for processes that take turns.
 
     Raises:
         DataError: The data can't be read, or has fewer labels than are asked for.
@@ -194,15 +183,14 @@ def open_data(
     given = None
     if config.labels_file is not None:
         source, given = relabel(source, config.labels_file)
-    with turns or nullcontext():
-        images = load_images(
-            source,
-            image_size=config.image_size,
-            on_error=config.on_error,
-            storage=_STORAGE[config.pool],
-            decoder=Decoder(config.loader, config.workers),
-            processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        )
+    images = load_images(
+        source,
+        image_size=config.image_size,
+        on_error=config.on_error,
+        storage=_STORAGE[config.pool],
+        decoder=Decoder(config.loader, config.workers),
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     holdout = _holdout_per_class(config, images, given)
     labels = config.labels_per_class
     parts = split(

@@ -251,3 +251,19 @@ def test_sealed_text_is_refused_after_a_change() -> None:
     for broken in (changed, "{}", "[]", text[:-1]):
         with pytest.raises(ValueError, match=r"."):
             unseal(broken)
+
+
+def test_the_next_view_is_loaded_before_it_is_asked_for(
+    make: Any, samples: Any, tmp_path: Path
+) -> None:
+    folder = make(tmp_path).folder
+    with TeacherTable.open(folder) as table:
+        table.set_view(0)
+        ahead = table._coming[1].result()
+        expected = table.rows(samples.ids, 1)
+        assert table._view(1) is ahead
+        assert not table._coming  # the one after the last is the first, which is there
+    with TeacherTable.open(folder) as table:
+        got = table.rows(samples.ids, 1)
+    assert torch.equal(got.indices, expected.indices)
+    assert torch.equal(got.log_probs, expected.log_probs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -153,31 +154,21 @@ def test_nothing_to_stand_in_for_a_broken_image(broken: Callable[[], Source]) ->
         list(loader(alone, on_error="replace"))
 
 
-def children(of: int) -> list[int]:
-    found = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-            if parent == of:
-                found.append(int(path.name))
-    return found
+def children(of: int | None = None) -> list[int]:
+    return [child.pid for child in psutil.Process(of).children()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_worker_that_dies_is_an_error_and_leaves_nobody(source: Source) -> None:
-    before = set(children(os.getpid()))
+    before = set(children())
     batches = loader(source, workers=1)
     iterator = iter(batches)
     next(iterator)
-    (worker,) = set(children(os.getpid())) - before
+    (worker,) = set(children()) - before
     os.kill(worker, signal.SIGKILL)
     with pytest.raises((DataError, RuntimeError), match=r"[Ww]orker"):
         [list(batches) for _ in range(100)]  # what was decoded before it died is still given
     batches.close()
-    assert set(children(os.getpid())) <= before
+    assert set(children()) <= before
     assert len(list(loader(source))) == 3
 
 
@@ -194,7 +185,6 @@ while True:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_ctrl_c_ends_parent_and_workers(photographs: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(photographs)],
@@ -217,7 +207,7 @@ def test_ctrl_c_ends_parent_and_workers(photographs: Path) -> None:
     assert process.returncode != 0
     assert err.count("KeyboardInterrupt") == 1
     deadline = time.monotonic() + 15
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while any(psutil.pid_exists(worker) for worker in workers):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.1)
 
@@ -239,7 +229,7 @@ _OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
 
 @pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run([*_OWN_MOUNTS, "true"]).returncode != 0,
-    reason="needs mounts of its own",
+    reason="needs user namespaces (unshare), to have a small /dev/shm of its own",
 )
 def test_full_shared_memory_is_an_error(photographs: Path) -> None:
     words = [sys.executable, "-c", FULL, str(photographs)]

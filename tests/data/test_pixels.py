@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from fastscarce.data import Decoder, ImageSet, OnDemand, Source, load_images, open_source
+from fastscarce.data.pixels import map_file
 from fastscarce.errors import DataError
 
 STORAGES = ("memory", "disk", "off")
@@ -77,6 +81,28 @@ def test_a_file_that_was_tampered_with_is_made_anew(source: Source, cache: Path)
     assert np.array_equal(every(load_images(source, storage="disk")), whole)
     content[-1] ^= 1
     assert file.read_bytes() == content
+
+
+def test_one_of_several_fills_a_file(cache: Path) -> None:
+    filled: list[int] = []
+    barrier = threading.Barrier(4)
+
+    def fill(array: np.ndarray) -> dict[str, int]:
+        filled.append(1)
+        time.sleep(0.2)  # the others come in the meantime
+        array[:] = 7
+        return {"fact": 5}
+
+    def look() -> tuple[np.ndarray, dict[str, object]]:
+        barrier.wait()
+        return map_file("a key", (3, 2, 2, 1), fill)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [one.result() for one in [pool.submit(look) for _ in range(4)]]
+    assert filled == [1]
+    for array, facts in found:
+        assert facts["fact"] == 5
+        assert (array == 7).all()
 
 
 def test_a_change_of_an_image_is_seen(broken: Callable[[], Source], tmp_path: Path) -> None:

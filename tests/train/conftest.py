@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -91,6 +95,39 @@ def run_command(command: str, out: Path, **settings: Any) -> Outcome:
     with redirect_stdout(out_text), redirect_stderr(err_text):
         code = main(words(command, out, dotted))
     return Outcome(code, out_text.getvalue(), err_text.getvalue(), out)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+        "--main_process_port={port}",
+    ],
+}  # fmt: skip
+
+
+def run_in_two(command: str, out: Path, *, launcher: str = "torchrun", **settings: Any) -> Outcome:
+    """As a user types it on a machine without GPUs: without ``--cpu``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [word.format(port=port) for word in LAUNCHERS[launcher]]
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    typed = [word for word in words(command, out, dotted) if not word.startswith("--cpu")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "fastscarce", *typed],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr, out)
+
+
+@pytest.fixture(scope="session")
+def in_two_processes() -> Command:
+    """Runs a command in two processes, as `command` does in this one."""
+    return run_in_two
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,6 @@ import csv
 import io
 import json
 import shutil
-import socket
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,28 +109,14 @@ def test_label_and_distill_from_parquet_and_a_table(
 
 
 def test_two_processes_train_from_shards(
-    command: Any, command_words: Any, sources: dict[str, str], tmp_path: Path
+    command: Any, in_two_processes: Any, sources: dict[str, str], tmp_path: Path
 ) -> None:
-    settings = {"data": sources["webdataset"], "model.name": "small_cnn_gn", **SMALL}
-    alone = command(
-        "finetune",
-        tmp_path / "one",
-        **{key.replace(".", "__"): value for key, value in settings.items()},
-    )
+    settings = {"data": sources["webdataset"], "model__name": "small_cnn_gn", **SMALL}
+    alone = command("finetune", tmp_path / "one", **settings)
     assert alone.code == 0, alone.err
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = command_words("finetune", tmp_path / "two", settings)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-         f"--master_port={port}", "-m", "fastscarce", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    two = tmp_path / "two"
+    both = in_two_processes("finetune", tmp_path / "two", **settings)
+    assert both.code == 0, both.err
+    two = both.folder
     assert (two / "split.csv").read_bytes() == (alone.folder / "split.csv").read_bytes()
     manifests = [json.loads((path / "manifest.json").read_text()) for path in (two, alone.folder)]
     assert manifests[0]["data"] == manifests[1]["data"]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -69,7 +66,6 @@ def test_every_pool_ends_with_the_same_weights(
     assert all(same(outcome, outcomes[0]) for outcome in outcomes[1:])
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_worker_that_dies_leaves_a_run_that_goes_on(
     command: Any, photographs: Path, tmp_path: Path
 ) -> None:
@@ -79,13 +75,7 @@ def test_a_worker_that_dies_leaves_a_run_that_goes_on(
     whole = command("finetune", tmp_path / "whole", **{**settings, "pool": "host"})
 
     def children() -> set[int]:
-        found = set()
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = stat.read_text().rsplit(")", 1)[1].split()
-                if int(fields[1]) == os.getpid():
-                    found.add(int(stat.parent.name))
-        return found
+        return {child.pid for child in psutil.Process().children()}
 
     others = children()
 
@@ -109,27 +99,14 @@ def test_a_worker_that_dies_leaves_a_run_that_goes_on(
 
 
 def test_two_processes_train_from_files_by_dali(
-    command: Any, command_words: Any, photographs: Path, tmp_path: Path
+    command: Any, in_two_processes: Any, photographs: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("nvidia.dali")
     settings = taken(SETTINGS, "finetune")
     settings |= {"data": f"folder:{photographs}", "pool": "off", "workers": 1, "loader": "dali"}
     alone = command("finetune", tmp_path / "one", **{**settings, "pool": "host"})
     assert alone.code == 0, alone.err
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    dotted = {name.replace("__", "."): value for name, value in settings.items()}
-    words = command_words("finetune", tmp_path / "two", dotted)
-    launch = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "fastscarce", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    two = type(alone)(0, done.stdout, done.stderr, tmp_path / "two")
+    two = in_two_processes("finetune", tmp_path / "two", **settings)
+    assert two.code == 0, two.err
     for name in alone.weights:
         torch.testing.assert_close(two.weights[name], alone.weights[name], rtol=0, atol=1e-3)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +33,13 @@ def alone(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return outcome
 
 
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
-    "accelerate": [
-        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-        "--main_process_port={port}",
-    ],
-}  # fmt: skip
-
-
-# As a user types it on a machine without GPUs: without --cpu.
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_learn_what_one_does(
-    command_words: Any, alone: Any, tmp_path: Path, launcher: str
+    in_two_processes: Any, alone: Any, tmp_path: Path, launcher: str
 ) -> None:
-    folder = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [word.format(port=port) for word in LAUNCHERS[launcher]]
-    words = [word for word in command_words("selftrain", folder, NORMALISED) if word != "--cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "fastscarce", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("selftrain: 2 processes, cpu") == 1  # said once for both
-    two = type(alone)(0, done.stdout, done.stderr, folder)
+    two = in_two_processes("selftrain", tmp_path / "run", launcher=launcher, **NORMALISED)
+    assert two.code == 0, two.err
+    assert two.out.count("selftrain: 2 processes, cpu") == 1  # said once for both
     assert largest_difference(two, alone) < 1e-3
     for key in ("teacher_accuracy", "student_accuracy"):
         assert two.result[key] == pytest.approx(alone.result[key], abs=0.01)
