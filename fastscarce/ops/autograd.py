@@ -6,13 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops import reference
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 
-__all__ = ["LOSSES", "REDUCTIONS", "TAILS", "InForward", "Recomputed", "WriteTo", "keeps_graph"]
+__all__ = [
+    "LOSSES",
+    "REDUCTIONS",
+    "TAILS",
+    "InForward",
+    "Recomputed",
+    "WriteTo",
+    "keeps_graph",
+    "refuse_graph",
+]
 
 # Names and the numbers that the operators know them by.
 LOSSES = {"kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3, "dkd": 4, "logit_standard": 5}
@@ -29,6 +37,19 @@ def _always() -> bool:
 
 # Whether the backward pass that runs now keeps its graph; where torch does not say, assume it does.
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
+
+
+def refuse_graph(cure: str) -> None:
+    """Stop a backward pass with ``create_graph=True``, whose second derivative would be missing.
+
+    Raises:
+        RuntimeError: This is one.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The loss made its gradient in the forward pass, which can't be differentiated again; "
+            f"{cure}."
+        )
 
 
 class WriteTo:
@@ -66,9 +87,9 @@ class InForward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         """The student's gradient, and None for all else."""
+        refuse_graph("pass gradient='recompute'")
         gradient, factor = ctx.saved_tensors
         upstream = upstream.contiguous()
         if keeps_graph():

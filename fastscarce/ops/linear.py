@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastscarce.ops.autograd import keeps_graph
+from fastscarce.ops.autograd import keeps_graph, refuse_graph
 from fastscarce.ops.checks import term_weights
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
@@ -37,9 +36,9 @@ class _Linear(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         """Gradients of features, weight and bias."""
+        refuse_graph("pass the layer's logits to kd_loss(..., gradient='recompute')")
         gradients = ctx.saved_tensors
         if keeps_graph():
             return (*(None if g is None else g * upstream.to(g.dtype) for g in gradients), None)

@@ -103,6 +103,15 @@ def test_backward_twice(name: str, mode: str) -> None:
 
 
 @every_case
+def test_a_gradient_made_in_the_forward_pass_has_no_graph(name: str) -> None:
+    student, teacher, target, options = case(name, 9, 40)
+    leaf = student.requires_grad_()
+    loss = kd_loss(leaf, teacher, target, **options).sum()
+    with pytest.raises(RuntimeError, match="pass gradient='recompute'"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@every_case
 def test_no_rows(name: str) -> None:
     for reduction in ("mean", "sum", "none") if name != "dist" else ("mean",):
         student, teacher, target, options = case(name, 0, 12)

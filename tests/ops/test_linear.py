@@ -231,6 +231,9 @@ def test_refusals() -> None:
     wrong = TopK(record.indices + 58, record.log_probs, record.log_tail)
     with pytest.raises(ValueError, match="teacher's indices in 0 to 59"):
         linear_kd_loss(features, weight, bias, wrong)
+    loss = linear_kd_loss(features.requires_grad_(), weight, bias, logits)
+    with pytest.raises(RuntimeError, match="can't be differentiated again; pass the layer's"):
+        torch.autograd.grad(loss, features, create_graph=True)
 
 
 @pytest.mark.gpu
