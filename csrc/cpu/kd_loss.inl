@@ -2,7 +2,7 @@
 // gradient.
 //
 // A row is cut into chunks of at most 1024 logits. A chunk comes from memory once and stays in L1
-// for its two sweeps: maxima, then exponentials and their sums relative to the chunk's own maxima.
+// for its two sweeps: maxima, then exponentials and their sums relative to the maxima so far.
 // The exponentials stay in scratch (L1 to L2 sized; 8 bytes a logit) and the gradient is made of
 // them by multiply-adds, so a logit costs two exponentials: for T = 1 ... 8 softmax(s) comes from
 // e^s = (e^(s/T))^T, any other T takes a third. DRAM traffic is the least there is: student and
@@ -60,6 +60,16 @@ struct Kd {
     int64_t kept_size() const { return chunks * chunk; }
   };
 
+  // What a chunk's exponentials are at least relative to: the maxima of the chunks of its row
+  // before it. Most chunks then share theirs with the row, and nothing has to be rescaled.
+  struct Reference {
+    A student = A(-INFINITY), teacher = A(-INFINITY);
+    void take(const Statistics& part) {
+      if (part.student_sum != 0) student = part.student_max;
+      if (part.teacher_sum != 0) teacher = part.teacher_max;
+    }
+  };
+
   static A finite(A largest) { return largest == A(-INFINITY) ? A(0) : largest; }
 
   // Asks for the logits that come next, the next chunk's or the next row's, while this chunk is
@@ -77,8 +87,8 @@ struct Kd {
   // ---- statistics of one chunk. Sum: logit_sum too, on the way.
   template <int Power, bool Teacher, bool Keep, bool Sum = false>
   static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
-                                     A* student_kept, A* teacher_kept, A* label_kept,
-                                     Pending<V>& pending) {
+                                     const Reference& reference, A* student_kept, A* teacher_kept,
+                                     A* label_kept, Pending<V>& pending) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
     V student_top(lowest), teacher_top(lowest);
@@ -92,8 +102,10 @@ struct Kd {
         teacher_top = maximum(teacher_top, V::load_part(t + whole, n - whole, lowest));
     }
     Statistics out = kd_empty(A(0));
-    out.student_max = finite(maximum_of(student_top));
-    out.teacher_max = Teacher ? finite(maximum_of(teacher_top)) : A(0);
+    // NaN stays: `maximum` gives the second where either is.
+    out.student_max = finite(maximum(reference.student, maximum_of(student_top)));
+    if constexpr (Teacher)
+      out.teacher_max = finite(maximum(reference.teacher, maximum_of(teacher_top)));
     out.count = A(n);
 
     const V student_max(out.student_max), teacher_max(out.teacher_max), zero(A(0));
@@ -176,8 +188,8 @@ struct Kd {
     if (i < n) value(i).store_part(out + i, n - i);
   }
 
-  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*,
-                                            Pending<V>&);
+  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t,
+                                            const Reference&, A*, A*, A*, Pending<V>&);
   using GradientFunction = void (*)(const Coefficients&, const A*, const A*, const A*, int64_t, A*,
                                     bool);
 
@@ -221,15 +233,16 @@ struct Kd {
     });
   }
 
-  // Whether a row's gradient leaves while the next row is worked on. Not with AVX2, whose sixteen
-  // registers are too few for both, nor where the exponentials of two rows outgrow the second
+  // Whether a row's gradient leaves while the next row is worked on: chunk by chunk, the next row's
+  // exponentials take the place of those that a chunk of the gradient was made of. Not with AVX2,
+  // whose sixteen registers are too few for both, nor where the exponentials outgrow the second
   // cache.
   static bool leaves_late(const Setup& setup) {
     return L >= 16 && setup.keep && setup.call.stream &&
            setup.call.student.dtype == dtype_of<A>() &&
-           2 * place_size(setup) * int64_t(sizeof(A)) <= kTwoRowsBytes;
+           exponentials_size(setup) * int64_t(sizeof(A)) <= kLateBytes;
   }
-  static constexpr int64_t kTwoRowsBytes = int64_t(256) << 10;
+  static constexpr int64_t kLateBytes = int64_t(640) << 10;
 
   // ---- one row
   static KdWeights<A> weights_of(const KdCall& call, const Label& label, int64_t row) {
@@ -246,7 +259,8 @@ struct Kd {
   }
 
   static void statistics(const Setup& setup, StatisticsFunction function, int64_t row,
-                         int64_t first, int64_t last, const Kept& kept, Buffers& buffers) {
+                         int64_t first, int64_t last, Reference& reference, const Kept& kept,
+                         Buffers& buffers) {
     const KdCall& call = setup.call;
     for (int64_t k = first; k < last; ++k) {
       const int64_t from = k * setup.chunk;
@@ -254,8 +268,9 @@ struct Kd {
       const A* s = read_row<A>(call.student, row, from, n, buffers.student);
       const A* t =
           setup.teacher ? read_row<A>(call.teacher, row, from, n, buffers.teacher) : nullptr;
-      kept.statistics[k] = function(setup, s, t, n, kept.student + from, kept.teacher + from,
-                                    kept.label + from, buffers.pending);
+      kept.statistics[k] = function(setup, s, t, n, reference, kept.student + from,
+                                    kept.teacher + from, kept.label + from, buffers.pending);
+      reference.take(kept.statistics[k]);
       if (setup.smoothing || setup.dense) {
         const A* y = setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
         add_label_sums<V>(setup.smoothing, setup.dense, s, y, n, kept.statistics[k]);
@@ -284,17 +299,15 @@ struct Kd {
                      setup.inverse_classes, A(call.threshold), setup.dense);
   }
 
-  // Coefficients for exponentials that are relative to a chunk's maxima instead of the row's.
+  // Coefficients for exponentials that are relative to the maxima up to a chunk.
   static Coefficients for_chunk(const Setup& setup, const Coefficients& c, const Statistics& row,
                                 const Statistics& part) {
     Coefficients out = c;
     const A student = part.student_max - row.student_max;
     const A teacher = part.teacher_max - row.teacher_max;
-    out.student =
-        part.student_sum == 0 ? A(0) : c.student * exponential(student * setup.inverse_temperature);
-    out.label = part.student_sum == 0 ? A(0) : c.label * exponential(student);
-    out.teacher =
-        part.teacher_sum == 0 ? A(0) : c.teacher * exponential(teacher * setup.inverse_temperature);
+    out.student *= kd_rescale(part.student_sum, student * setup.inverse_temperature);
+    out.label *= kd_rescale(part.student_sum, student);
+    out.teacher *= kd_rescale(part.teacher_sum, teacher * setup.inverse_temperature);
     return out;
   }
 
@@ -356,25 +369,33 @@ struct Kd {
 
   // Scratch of a thread, kept between calls: three rows at most.
   static A* scratch(int64_t size) {
-    static thread_local std::vector<A> memory;
-    if (int64_t(memory.size()) < size) memory.resize(size_t(size));
-    return memory.data();
+    static thread_local LineMemory<A> memory;
+    return memory.of(size);
   }
+  // Multiples of 16, so that every part begins with a line.
   static int64_t statistics_size(const Setup& setup) {
-    return setup.chunks * int64_t(sizeof(Statistics) / sizeof(A));
+    return (setup.chunks * int64_t(sizeof(Statistics) / sizeof(A)) + 15) / 16 * 16;
   }
-  static Kept place(const Setup& setup, A* memory) {
+  static int64_t exponentials_size(const Setup& setup) {
+    const int64_t rows = 1 + setup.teacher + (setup.power == kOwnExponential);
+    return setup.keep ? rows * setup.kept_size() : 0;
+  }
+  static Kept place(const Setup& setup, A* statistics, A* exponentials) {
     const int64_t size = setup.kept_size();
     Kept kept;
-    kept.statistics = reinterpret_cast<Statistics*>(memory);
-    kept.student = memory + (statistics_size(setup) + 15) / 16 * 16;
+    kept.statistics = reinterpret_cast<Statistics*>(statistics);
+    kept.student = exponentials;
     kept.teacher = kept.student + size;
     kept.label = kept.teacher + (setup.teacher ? size : 0);
     return kept;
   }
   static int64_t place_size(const Setup& setup) {
-    const int64_t rows = 1 + setup.teacher + (setup.power == kOwnExponential);
-    return (statistics_size(setup) + 15) / 16 * 16 + (setup.keep ? rows * setup.kept_size() : 0);
+    return statistics_size(setup) + exponentials_size(setup);
+  }
+  // Of row `row` of a workspace.
+  static Kept place(const Setup& setup, void* workspace, int64_t row) {
+    A* const memory = static_cast<A*>(workspace) + row * place_size(setup);
+    return place(setup, memory, memory + statistics_size(setup));
   }
 
   static void rows(const KdCall& call, int64_t begin, int64_t end) {
@@ -385,8 +406,8 @@ struct Kd {
     const auto statistics_of = statistics_function(setup);
     const auto gradient_of = gradient_function(setup);
     const bool late = leaves_late(setup);
-    const int64_t size = (place_size(setup) + 15) / 16 * 16;
-    A* const memory = scratch((1 + late) * size);
+    const int64_t exponentials = exponentials_size(setup), size = statistics_size(setup);
+    A* const memory = scratch(exponentials + (1 + late) * size);
     struct Row {
       int64_t row = -1;
       Label label;
@@ -394,8 +415,8 @@ struct Kd {
       Statistics whole;
       Kept kept;
     } now, before;
-    now.kept = place(setup, memory);
-    before.kept = place(setup, memory + late * size);
+    now.kept = place(setup, memory + exponentials, memory);
+    before.kept = place(setup, memory + exponentials + late * size, memory);
     Buffers buffers;
     const auto gradient = [&](const Row& of, int64_t first, int64_t last) {
       gradients(setup, gradient_of, of.row, first, last, of.label, of.c, of.whole, of.kept, buffers,
@@ -409,9 +430,10 @@ struct Kd {
         continue;
       }
       now.row = row;
+      Reference reference;
       for (int64_t k = 0; k < setup.chunks; ++k) {
         if (before.row >= 0) gradient(before, k, k + 1);
-        statistics(setup, statistics_of, row, k, k + 1, now.kept, buffers);
+        statistics(setup, statistics_of, row, k, k + 1, reference, now.kept, buffers);
       }
       now.c = finish(setup, row, now.label, w, now.kept, now.whole);
       static_cast<A*>(call.losses)[row] = now.c.loss;
@@ -434,9 +456,10 @@ struct Kd {
     Buffers buffers;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / parts, part = item % parts;
-      const Kept kept = place(setup, static_cast<A*>(workspace) + row * place_size(setup));
+      const Kept kept = place(setup, workspace, row);
+      Reference reference;
       statistics(setup, statistics_of, row, setup.chunks * part / parts,
-                 setup.chunks * (part + 1) / parts, kept, buffers);
+                 setup.chunks * (part + 1) / parts, reference, kept, buffers);
     }
   }
   static void part_gradients(const KdCall& call, int64_t parts, void* workspace, int64_t begin,
@@ -446,7 +469,7 @@ struct Kd {
     Buffers buffers;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / parts, part = item % parts;
-      const Kept kept = place(setup, static_cast<A*>(workspace) + row * place_size(setup));
+      const Kept kept = place(setup, workspace, row);
       const Label label = label_of(call, row);
       const KdWeights<A> w = weights_of(call, label, row);
       if (label.outside || !counts(setup, w)) {

@@ -218,6 +218,7 @@ struct TopKRows {
                                 typename Body::Buffers& buffers, Statistics& of_k,
                                 Between between) {
     const KdCall& call = setup.call;
+    typename Body::Reference reference;
     for (int64_t c = 0; c < setup.chunks; ++c) {
       between(c);
       const int64_t from = c * setup.chunk, n = std::min(setup.chunk, call.classes - from);
@@ -225,8 +226,10 @@ struct TopKRows {
       std::copy_n(s, n, buffers.teacher);
       named.each(c, setup.chunks,
                  [&](int64_t i) { buffers.teacher[named.index[i] - from] = A(-INFINITY); });
-      kept.statistics[c] = function(setup, buffers.teacher, nullptr, n, kept.student + from,
-                                    nullptr, kept.label + from, buffers.pending);
+      kept.statistics[c] =
+          function(setup, buffers.teacher, nullptr, n, reference, kept.student + from, nullptr,
+                   kept.label + from, buffers.pending);
+      reference.take(kept.statistics[c]);
       if (setup.smoothing || setup.dense) {
         const A* const y =
             setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
@@ -234,8 +237,8 @@ struct TopKRows {
       }
     }
     gather(call, row, named, A(0));
-    of_k = function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label,
-                    buffers.pending);
+    of_k = function(setup, named.logit, nullptr, named.count, {}, named.kept, nullptr,
+                    named.kept_label, buffers.pending);
     of_k.count = A(0);  // the sums over logits have them already
   }
 
@@ -343,9 +346,10 @@ struct TopKRows {
       whole = kd_merge(rest, of_k, rate);
       c = Body::coefficients(setup, row, label, label_only, whole);
     } else if (sweep) {
+      typename Body::Reference reference;
       for (int64_t k = 0; k < setup.chunks; ++k) {
         between(k);
-        Body::statistics(setup, statistics_of, row, k, k + 1, kept, buffers);
+        Body::statistics(setup, statistics_of, row, k, k + 1, reference, kept, buffers);
       }
       c = Body::finish(setup, row, label, label_only, kept, whole);
     }
@@ -414,14 +418,15 @@ struct TopKRows {
     if (setup.power > 4) setup.power = kOwnExponential;
     const int64_t most = (call.named[0].k + L - 1) / L * L + (call.named[1].k + L - 1) / L * L;
     const bool late = Body::leaves_late(setup);
-    const int64_t exps = (Body::place_size(setup) + 15) / 16 * 16, step = most + 16;
+    const int64_t statistics = Body::statistics_size(setup), step = (most + 15) / 16 * 16 + 16;
+    const int64_t exponentials = Body::exponentials_size(setup);
     // The groups' begins are integers no larger than an A.
-    const int64_t size = exps + 8 * step + (setup.chunks + 1 + 15) / 16 * 16;
-    A* const memory = Body::scratch((1 + late) * size);
+    const int64_t size = statistics + 8 * step + (setup.chunks + 1 + 15) / 16 * 16;
+    A* const memory = Body::scratch(exponentials + (1 + late) * size);
     Row now, before;
     const auto lay = [&](Row& row, A* from) {
-      row.kept = Body::place(setup, from);
-      A* const at = from + exps;
+      row.kept = Body::place(setup, from, memory);
+      A* const at = from + statistics;
       Named& named = row.named;
       named.delta = at;
       named.logit = at + step;
@@ -433,8 +438,8 @@ struct TopKRows {
       named.order = reinterpret_cast<int32_t*>(at + 7 * step);
       named.begin = reinterpret_cast<int32_t*>(at + 8 * step);
     };
-    lay(now, memory);
-    lay(before, memory + late * size);
+    lay(now, memory + exponentials);
+    lay(before, memory + exponentials + late * size);
     const auto statistics_of = statistics_function<Policy == kTailUniform>(setup);
     const auto gradient_of = gradient_function(setup);
     typename Body::Buffers buffers;

@@ -52,33 +52,38 @@ FS_HD inline V kd_gap_term(V teacher_exp, V teacher_shifted, V student_shifted) 
   return select(teacher_exp, teacher_exp * (teacher_shifted - student_shifted), V(0));
 }
 
+// What a sum of exponentials is multiplied by for its maximum to be `shift` higher; 0 for a sum
+// that is 0. One of two parts has the higher maximum, and parts made one after the other mostly the
+// same.
+template <class A>
+FS_HD inline A kd_rescale(A sum, A shift) {
+  return sum == 0 ? A(0) : shift == 0 ? A(1) : exponential(shift);
+}
+
 // Statistics of two disjoint parts of a row.
-template <class V>
-FS_HD inline KdStatistics<V> kd_merge(const KdStatistics<V>& a, const KdStatistics<V>& b,
-                                      V inverse_temperature) {
-  const V zero = V(0);
-  KdStatistics<V> out;
+template <class A>
+FS_HD inline KdStatistics<A> kd_merge(const KdStatistics<A>& a, const KdStatistics<A>& b,
+                                      A inverse_temperature) {
+  const A zero = A(0);
+  KdStatistics<A> out;
   // The softmax at T = 1 is kept for rows without a teacher too: label_sum or student_sum is set.
-  const V has_a = a.student_sum + a.label_sum, has_b = b.student_sum + b.label_sum;
+  const A has_a = a.student_sum + a.label_sum, has_b = b.student_sum + b.label_sum;
   out.student_max = select(
       has_a, select(has_b, maximum(a.student_max, b.student_max), a.student_max), b.student_max);
   out.teacher_max = select(
       a.teacher_sum, select(b.teacher_sum, maximum(a.teacher_max, b.teacher_max), a.teacher_max),
       b.teacher_max);
-  const V student_a = a.student_max - out.student_max, student_b = b.student_max - out.student_max;
-  const V teacher_a = a.teacher_max - out.teacher_max, teacher_b = b.teacher_max - out.teacher_max;
-  const V student_fa = select(has_a, exponential(student_a * inverse_temperature), zero);
-  const V student_fb = select(has_b, exponential(student_b * inverse_temperature), zero);
-  const V teacher_fa = select(a.teacher_sum, exponential(teacher_a * inverse_temperature), zero);
-  const V teacher_fb = select(b.teacher_sum, exponential(teacher_b * inverse_temperature), zero);
-  const V label_fa = select(has_a, exponential(student_a), zero);
-  const V label_fb = select(has_b, exponential(student_b), zero);
-  out.student_sum = select(has_a, a.student_sum * student_fa, zero) +
-                    select(has_b, b.student_sum * student_fb, zero);
+  const A student_a = a.student_max - out.student_max, student_b = b.student_max - out.student_max;
+  const A teacher_a = a.teacher_max - out.teacher_max, teacher_b = b.teacher_max - out.teacher_max;
+  const A teacher_fa = kd_rescale(a.teacher_sum, teacher_a * inverse_temperature);
+  const A teacher_fb = kd_rescale(b.teacher_sum, teacher_b * inverse_temperature);
+  out.student_sum = a.student_sum * kd_rescale(a.student_sum, student_a * inverse_temperature) +
+                    b.student_sum * kd_rescale(b.student_sum, student_b * inverse_temperature);
   out.teacher_sum = a.teacher_sum * teacher_fa + b.teacher_sum * teacher_fb;
-  out.label_sum = a.label_sum * label_fa + b.label_sum * label_fb;
-  const V gap_a = a.gap + a.teacher_sum * (teacher_a - student_a);
-  const V gap_b = b.gap + b.teacher_sum * (teacher_b - student_b);
+  out.label_sum = a.label_sum * kd_rescale(a.label_sum, student_a) +
+                  b.label_sum * kd_rescale(b.label_sum, student_b);
+  const A gap_a = a.gap + a.teacher_sum * (teacher_a - student_a);
+  const A gap_b = b.gap + b.teacher_sum * (teacher_b - student_b);
   out.gap =
       select(teacher_fa, teacher_fa * gap_a, zero) + select(teacher_fb, teacher_fb * gap_b, zero);
   out.logit_sum = a.logit_sum + a.count * student_a + b.logit_sum + b.count * student_b;
