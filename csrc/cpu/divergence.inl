@@ -238,9 +238,8 @@ struct Divergences {
       label_gradient[0] = label_gradient[1] = A(0);
     }
 
-    // Value: the label term by kd_finish, whose own distillation term is left out (no teacher).
     const KdCoefficients<A> c =
-        kd_finish(ce, w, A(1), A(call.label_smoothing), setup.inverse_classes, A(0), setup.dense);
+        kd_finish_label(ce, w, A(call.label_smoothing), setup.inverse_classes, setup.dense);
     static_cast<A*>(call.losses)[row] = c.loss + (w.kd_loss == 0 ? A(0) : w.kd_loss * d.loss);
     if (!setup.keep) return;
 

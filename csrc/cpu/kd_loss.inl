@@ -86,9 +86,9 @@ struct Kd {
 
   // ---- statistics of one chunk. Sum: logit_sum too, on the way.
   template <int Power, bool Teacher, bool Keep, bool Sum = false>
-  static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
-                                     const Reference& reference, A* student_kept, A* teacher_kept,
-                                     A* label_kept, Pending<V>& pending) {
+  static void chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
+                               const Reference& reference, A* student_kept, A* teacher_kept,
+                               A* label_kept, Pending<V>& pending, Statistics& out) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
     V student_top(lowest), teacher_top(lowest);
@@ -101,7 +101,7 @@ struct Kd {
       if constexpr (Teacher)
         teacher_top = maximum(teacher_top, V::load_part(t + whole, n - whole, lowest));
     }
-    Statistics out = kd_empty(A(0));
+    out = kd_empty(A(0));
     // NaN stays: `maximum` gives the second where either is.
     out.student_max = finite(maximum(reference.student, maximum_of(student_top)));
     if constexpr (Teacher)
@@ -156,7 +156,6 @@ struct Kd {
     out.label_sum = Power == 1 ? out.student_sum : sum_of(label_sum);
     out.gap = sum_of(gap);
     out.logit_sum = sum_of(logit_sum);
-    return out;
   }
 
   // ---- gradient of one chunk
@@ -188,8 +187,10 @@ struct Kd {
     if (i < n) value(i).store_part(out + i, n - i);
   }
 
-  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t,
-                                            const Reference&, A*, A*, A*, Pending<V>&);
+  // The results of these and of what follows are written where they stay: copied as vectors soon
+  // after they were stored one by one, they would wait for all stores before them.
+  using StatisticsFunction = void (*)(const Setup&, const A*, const A*, int64_t, const Reference&,
+                                      A*, A*, A*, Pending<V>&, Statistics&);
   using GradientFunction = void (*)(const Coefficients&, const A*, const A*, const A*, int64_t, A*,
                                     bool);
 
@@ -268,8 +269,8 @@ struct Kd {
       const A* s = read_row<A>(call.student, row, from, n, buffers.student);
       const A* t =
           setup.teacher ? read_row<A>(call.teacher, row, from, n, buffers.teacher) : nullptr;
-      kept.statistics[k] = function(setup, s, t, n, reference, kept.student + from,
-                                    kept.teacher + from, kept.label + from, buffers.pending);
+      function(setup, s, t, n, reference, kept.student + from, kept.teacher + from,
+               kept.label + from, buffers.pending, kept.statistics[k]);
       reference.take(kept.statistics[k]);
       if (setup.smoothing || setup.dense) {
         const A* y = setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
@@ -278,16 +279,17 @@ struct Kd {
     }
   }
 
-  static Coefficients finish(const Setup& setup, int64_t row, const Label& label, KdWeights<A> w,
-                             const Kept& kept, Statistics& whole) {
+  // Statistics of the row: those of its one chunk, or `whole`, made of them.
+  static const Statistics& merged(const Setup& setup, const Kept& kept, Statistics& whole) {
+    if (setup.chunks == 1) return kept.statistics[0];
     whole = kept.statistics[0];
     for (int64_t k = 1; k < setup.chunks; ++k)
       whole = kd_merge(whole, kept.statistics[k], setup.inverse_temperature);
-    return coefficients(setup, row, label, w, whole);
+    return whole;
   }
 
-  static Coefficients coefficients(const Setup& setup, int64_t row, const Label& label,
-                                   KdWeights<A> w, const Statistics& whole) {
+  static void coefficients(const Setup& setup, int64_t row, const Label& label, KdWeights<A>& w,
+                           const Statistics& whole, Coefficients& out) {
     const KdCall& call = setup.call;
     const auto dot = [&](int64_t index, double share) {
       if (index < 0 || share == 0) return A(0);
@@ -295,8 +297,11 @@ struct Kd {
       return A(share) * (*read_row<A>(call.student, row, index, 1, &element) - whole.student_max);
     };
     w.label_dot = dot(label.first, label.first_share) + dot(label.second, label.second_share);
-    return kd_finish(whole, w, setup.inverse_temperature, A(call.label_smoothing),
-                     setup.inverse_classes, A(call.threshold), setup.dense);
+    if (setup.teacher)
+      out = kd_finish(whole, w, setup.inverse_temperature, A(call.label_smoothing),
+                      setup.inverse_classes, A(call.threshold), setup.dense);
+    else
+      out = kd_finish_label(whole, w, A(call.label_smoothing), setup.inverse_classes, setup.dense);
   }
 
   // Coefficients for exponentials that are relative to the maxima up to a chunk.
@@ -322,8 +327,9 @@ struct Kd {
     for (int64_t k = first; k < last; ++k) {
       const int64_t from = k * setup.chunk;
       const int64_t n = std::min(setup.chunk, call.classes - from);
-      const Coefficients c =
-          setup.chunks == 1 ? whole : for_chunk(setup, whole, statistics, kept.statistics[k]);
+      Coefficients part;
+      if (setup.chunks > 1) part = for_chunk(setup, whole, statistics, kept.statistics[k]);
+      const Coefficients& c = setup.chunks > 1 ? part : whole;
       const A* student_kept = kept.student + from;
       const A* teacher_kept = kept.teacher + from;
       const A* label_kept = kept.label + from;
@@ -414,17 +420,20 @@ struct Kd {
       Coefficients c;
       Statistics whole;
       Kept kept;
-    } now, before;
-    now.kept = place(setup, memory + exponentials, memory);
-    before.kept = place(setup, memory + exponentials + late * size, memory);
+    } two[2];
+    for (int i = 0; i < 2; ++i)
+      two[i].kept = place(setup, memory + exponentials + i * late * size, memory);
+    Row *current = &two[0], *previous = &two[1];
     Buffers buffers;
     const auto gradient = [&](const Row& of, int64_t first, int64_t last) {
       gradients(setup, gradient_of, of.row, first, last, of.label, of.c, of.whole, of.kept, buffers,
                 late);
     };
     for (int64_t row = begin; row < end; ++row) {
-      now.label = label_of(call, row);
-      const KdWeights<A> w = weights_of(call, now.label, row);
+      Row& now = *current;
+      const Row& before = *previous;
+      read_label(call, row, now.label);
+      KdWeights<A> w = weights_of(call, now.label, row);
       if (now.label.outside || !counts(setup, w)) {
         leave_out(call, row, now.label.outside);
         continue;
@@ -435,14 +444,14 @@ struct Kd {
         if (before.row >= 0) gradient(before, k, k + 1);
         statistics(setup, statistics_of, row, k, k + 1, reference, now.kept, buffers);
       }
-      now.c = finish(setup, row, now.label, w, now.kept, now.whole);
+      coefficients(setup, row, now.label, w, merged(setup, now.kept, now.whole), now.c);
       static_cast<A*>(call.losses)[row] = now.c.loss;
       if (late)
-        std::swap(now, before);
+        std::swap(current, previous);
       else if (setup.keep)
         gradient(now, 0, setup.chunks);
     }
-    if (before.row >= 0) gradient(before, 0, setup.chunks);
+    if (previous->row >= 0) gradient(*previous, 0, setup.chunks);
   }
 
   // ---- a few wide rows, cut into parts
@@ -471,13 +480,15 @@ struct Kd {
       const int64_t row = item / parts, part = item % parts;
       const Kept kept = place(setup, workspace, row);
       const Label label = label_of(call, row);
-      const KdWeights<A> w = weights_of(call, label, row);
+      KdWeights<A> w = weights_of(call, label, row);
       if (label.outside || !counts(setup, w)) {
         if (part == 0) leave_out(call, row, label.outside);
         continue;
       }
-      Statistics whole;
-      const Coefficients c = finish(setup, row, label, w, kept, whole);
+      Statistics room;
+      const Statistics& whole = merged(setup, kept, room);
+      Coefficients c;
+      coefficients(setup, row, label, w, whole, c);
       if (part == 0) static_cast<A*>(call.losses)[row] = c.loss;
       if (setup.keep)
         gradients(setup, gradient_of, row, setup.chunks * part / parts,

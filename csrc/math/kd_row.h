@@ -110,14 +110,34 @@ struct KdCoefficients {
   V loss, student, label, teacher, constant, hard;
 };
 
+// The label term alone. |Y| = share of valid labels, or the row sum of a dense label.
+template <class V>
+FS_HD inline KdCoefficients<V> kd_finish_label(const KdStatistics<V>& row, const KdWeights<V>& w,
+                                               V label_smoothing, V inverse_classes, bool dense) {
+  const V zero = V(0), one = V(1);
+  const V kept = one - label_smoothing;
+  const V mass = dense ? kept * row.soft_mass + label_smoothing : w.label_mass;
+  const V dot = kept * (dense ? row.soft_dot : w.label_dot);
+  const V smoothing = label_smoothing * inverse_classes * (dense ? one : w.label_mass);
+  const V entropy =
+      mass * logarithm(row.label_sum) - dot - select(smoothing, smoothing * row.logit_sum, zero);
+  const V ce = select(mass, select(row.label_sum, entropy, V(INFINITY)), zero);
+  KdCoefficients<V> out;
+  out.student = out.teacher = zero;
+  out.label = select(row.label_sum, w.ce_gradient * mass / row.label_sum, zero);
+  out.constant = w.ce_gradient * smoothing;
+  out.hard = w.ce_gradient * kept;
+  out.loss = select(w.ce_loss, w.ce_loss * ce, zero);
+  return out;
+}
+
 template <class V>
 FS_HD inline KdCoefficients<V> kd_finish(const KdStatistics<V>& row, const KdWeights<V>& w,
                                          V inverse_temperature, V label_smoothing,
                                          V inverse_classes, V threshold, bool dense) {
   const V zero = V(0), one = V(1);
   const V infinity = V(INFINITY);
-  const V kept = one - label_smoothing;
-  KdCoefficients<V> out;
+  KdCoefficients<V> out = kd_finish_label(row, w, label_smoothing, inverse_classes, dense);
   // Distillation. No finite teacher logit: nothing to learn, 0. None of the student: p > 0 = q.
   const V teacher_inverse = one / row.teacher_sum, student_inverse = one / row.student_sum;
   const V divergence = row.gap * teacher_inverse * inverse_temperature +
@@ -129,17 +149,7 @@ FS_HD inline KdCoefficients<V> kd_finish(const KdStatistics<V>& row, const KdWei
   const V kd_gradient = select(taught, w.kd_gradient, zero);
   out.student = select(row.student_sum, kd_gradient * student_inverse, zero);
   out.teacher = select(taught, w.kd_gradient * teacher_inverse, zero);
-  // Label term. |Y| = share of valid labels, or the row sum of a dense label.
-  const V mass = dense ? kept * row.soft_mass + label_smoothing : w.label_mass;
-  const V dot = kept * (dense ? row.soft_dot : w.label_dot);
-  const V smoothing = label_smoothing * inverse_classes * (dense ? one : w.label_mass);
-  const V entropy =
-      mass * logarithm(row.label_sum) - dot - select(smoothing, smoothing * row.logit_sum, zero);
-  const V ce = select(mass, select(row.label_sum, entropy, infinity), zero);
-  out.label = select(row.label_sum, w.ce_gradient * mass / row.label_sum, zero);
-  out.constant = w.ce_gradient * smoothing;
-  out.hard = w.ce_gradient * kept;
-  out.loss = select(w.kd_loss, w.kd_loss * kd, zero) + select(w.ce_loss, w.ce_loss * ce, zero);
+  out.loss = select(w.kd_loss, w.kd_loss * kd, zero) + out.loss;
   return out;
 }
 
