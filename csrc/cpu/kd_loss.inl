@@ -91,8 +91,16 @@ struct Kd {
                                A* label_kept, Pending<V>& pending, Statistics& out) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
-    V student_top(lowest), teacher_top(lowest);
-    for (int64_t i = 0; i < whole; i += L) {
+    V student_top(lowest), teacher_top(lowest), other_top(lowest);
+    int64_t first = 0;
+    // Without a teacher two maxima of the student, so that one does not wait for the other.
+    if constexpr (!Teacher)
+      for (; first + 2 * L <= whole; first += 2 * L) {
+        student_top = maximum(student_top, V::load(s + first));
+        other_top = maximum(other_top, V::load(s + first + L));
+      }
+    student_top = maximum(student_top, other_top);
+    for (int64_t i = first; i < whole; i += L) {
       student_top = maximum(student_top, V::load(s + i));
       if constexpr (Teacher) teacher_top = maximum(teacher_top, V::load(t + i));
     }
@@ -111,9 +119,7 @@ struct Kd {
     const V student_max(out.student_max), teacher_max(out.teacher_max), zero(A(0));
     const Exponential student_exp = setup.student_exp, label_exp = setup.label_exp;
     V student_sum = zero, teacher_sum = zero, label_sum = zero, gap = zero, logit_sum = zero;
-    const auto step = [&](V student, V teacher, int64_t i) {
-      const V x = student - student_max;
-      const V e = student_exp(x);
+    const auto add = [&](V x, V e, V teacher, int64_t i) {
       student_sum = student_sum + e;
       if constexpr (Keep) e.store(student_kept + i);
       if constexpr (Power > 1) label_sum = label_sum + power<Power>(e);
@@ -129,18 +135,38 @@ struct Kd {
         gap = add_product_unless_zero(p, y - x, gap);
         if constexpr (Keep) p.store(teacher_kept + i);
       }
+    };
+    const auto step = [&](V student, V teacher, int64_t i) {
+      const V x = student - student_max;
+      add(x, student_exp(x), teacher, i);
       return x;
     };
     const A* const leaving = pending.from;
     A* const to = pending.to;
     const int64_t end = pending.end;
     int64_t at = pending.at;
-    for (int64_t i = 0; i < whole; i += L) {
-      ask_ahead<Teacher>(s, t, i, n);
-      if (at < end) {
-        V::load(leaving + at).stream(to + at);
-        at += L;
+    const auto leave = [&]() {
+      if (at >= end) return;
+      V::load(leaving + at).stream(to + at);
+      at += L;
+    };
+    int64_t i = 0;
+    if constexpr (!Teacher && L >= 16)
+      for (; i + 2 * L <= whole; i += 2 * L) {
+        ask_ahead<Teacher>(s, t, i, n);
+        ask_ahead<Teacher>(s, t, i + L, n);
+        leave();
+        const V x = V::load(s + i) - student_max, y = V::load(s + i + L) - student_max;
+        V e = x, f = y;
+        student_exp.both(e, f);
+        add(x, e, zero, i);
+        leave();
+        add(y, f, zero, i + L);
+        if constexpr (Sum) logit_sum = logit_sum + x + y;
       }
+    for (; i < whole; i += L) {
+      ask_ahead<Teacher>(s, t, i, n);
+      leave();
       const V x = step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
       if constexpr (Sum) logit_sum = logit_sum + x;
     }
@@ -335,7 +361,7 @@ struct Kd {
       const A* label_kept = kept.label + from;
       A* const place = reinterpret_cast<A*>(gradient) + from;
       if (late) buffers.pending.rest();
-      A* out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
+      A* out = late ? buffers.pending.place(place, student_kept) : direct ? place : buffers.out;
       function(c, student_kept, teacher_kept, label_kept, n, out,
                !late && direct && call.stream && !setup.dense);
       if (setup.dense) {

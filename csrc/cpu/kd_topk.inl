@@ -272,7 +272,9 @@ struct TopKRows {
       const int64_t from = part * setup.chunk, n = std::min(setup.chunk, call.classes - from);
       A* const place = reinterpret_cast<A*>(gradient) + from;
       if (late) buffers.pending.rest();
-      A* const out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
+      A* const out = late     ? buffers.pending.place(place, of.kept.student + from)
+                     : direct ? place
+                              : buffers.out;
       if (sweep) {
         Coefficients c;
         if (shifted)
