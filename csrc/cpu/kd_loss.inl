@@ -337,7 +337,7 @@ struct Kd {
     const A student = part.student_max - row.student_max;
     const A teacher = part.teacher_max - row.teacher_max;
     out.student *= kd_rescale(part.student_sum, student * setup.inverse_temperature);
-    out.label *= kd_rescale(part.student_sum, student);
+    out.label *= kd_rescale(part.label_sum, student);
     out.teacher *= kd_rescale(part.teacher_sum, teacher * setup.inverse_temperature);
     return out;
   }

@@ -31,6 +31,7 @@ struct TopKRows {
     template <class Of>
     void each(int64_t c, int64_t chunks, Of of) const {
       if (chunks == 1)
+#pragma GCC unroll 4
         for (int64_t i = 0; i < count; ++i) of(i);
       else
         for (int64_t j = begin[c]; j < begin[c + 1]; ++j) of(order[j]);
@@ -51,6 +52,9 @@ struct TopKRows {
     for (int64_t i = 0; i < k; ++i) largest_index = std::max(largest_index, uint32_t(index[i]));
     if (largest_index >= uint64_t(call.classes)) return false;
     const A* const l = read_row<A>(teacher.log_probs, row, 0, k, shift);
+    // Of the row after the next: past the last one nothing is read, and asking is no access.
+    __builtin_prefetch(index + 2 * k);
+    if (l != shift) __builtin_prefetch(l + 2 * teacher.log_probs.row_stride);
     A tail;
     tail = others > 0 ? *read_row<A>(teacher.log_tail, row, 0, 1, &tail) : A(-INFINITY);
     const A lowest = A(-INFINITY);
