@@ -1,6 +1,21 @@
-// Rows of any float dtype to the arithmetic's own and back. Included after a vec_*.inl (which
-// brings half_to_float and float_to_half), in the same namespace. Plain loops here: the compiler
-// vectorises.
+// Rows of any float dtype to the arithmetic's own and back, and memory to keep them in. Included
+// after a vec_*.inl (which brings half_to_float and float_to_half), in the same namespace. Plain
+// loops here: the compiler vectorises.
+
+// What a thread keeps between calls; from a line's beginning, since a vector that lies on two lines
+// costs as much as two.
+template <class A>
+struct LineMemory {
+  std::vector<A> memory;
+
+  A* of(int64_t size) {
+    constexpr uintptr_t line = 64;
+    const size_t most = size_t(size) + line / sizeof(A);
+    if (memory.size() < most) memory.resize(most);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<A*>((begin + line - 1) / line * line);
+  }
+};
 
 inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;

@@ -28,12 +28,8 @@ struct Dist {
   static Scratch scratch(int64_t width) {
     // Rows a multiple of 4 KiB apart make loads wait for stores that they have no part in.
     const int64_t row = width + 80;
-    static thread_local std::vector<A> memory;
-    const int64_t size = (2 * kTogether + 2 + kDistSums) * row + 16;
-    if (int64_t(memory.size()) < size) memory.resize(size_t(size));
-    constexpr uintptr_t line = 64;
-    A* at =
-        reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
+    static thread_local LineMemory<A> memory;
+    A* const at = memory.of((2 * kTogether + 2 + kDistSums) * row);
     Scratch out;
     for (int64_t i = 0; i < kTogether; ++i) {
       out.student[i] = at + 2 * i * row;

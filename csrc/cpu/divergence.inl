@@ -238,9 +238,8 @@ struct Divergences {
       label_gradient[0] = label_gradient[1] = A(0);
     }
 
-    // Value: the label term by kd_finish, whose own distillation term is left out (no teacher).
     const KdCoefficients<A> c =
-        kd_finish(ce, w, A(1), A(call.label_smoothing), setup.inverse_classes, A(0), setup.dense);
+        kd_finish_label(ce, w, A(call.label_smoothing), setup.inverse_classes, setup.dense);
     static_cast<A*>(call.losses)[row] = c.loss + (w.kd_loss == 0 ? A(0) : w.kd_loss * d.loss);
     if (!setup.keep) return;
 
@@ -284,9 +283,8 @@ struct Divergences {
   static void all(const KdCall& call, int64_t begin, int64_t end) {
     const typename Body::Setup setup(call);
     const int64_t padded = (call.classes + L - 1) / L * L, size = (call.classes + 15) / 16 * 16;
-    static thread_local std::vector<A> memory;
-    if (int64_t(memory.size()) < 6 * size) memory.resize(size_t(6 * size));
-    A* const at = memory.data();
+    static thread_local LineMemory<A> memory;
+    A* const at = memory.of(6 * size);
     const Row r = {
         at,           at + size, at + 2 * size, at + 3 * size, at + 4 * size, at + 5 * size,
         call.classes, padded};

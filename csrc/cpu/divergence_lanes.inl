@@ -211,10 +211,9 @@ struct DivergenceLanes {
     const V sure = select(unsure, zero, one);
     d = divergence_where(sure, d, zero);
 
-    // Value: the label term by kd_finish, whose own distillation term is left out (no teacher).
     const KdWeights<V> w = Rows::weights_of(call, labels, at, first_dot, second_dot);
-    const KdCoefficients<V> k = kd_finish(ce, w, one, V(float(call.label_smoothing)),
-                                          V(setup.inverse_classes), zero, setup.dense);
+    const KdCoefficients<V> k = kd_finish_label(ce, w, V(float(call.label_smoothing)),
+                                                V(setup.inverse_classes), setup.dense);
     Rows::store_losses(call, row, count, k.loss + select(w.kd_loss, w.kd_loss * d.loss, zero));
 
     if (setup.keep) {

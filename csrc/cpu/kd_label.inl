@@ -27,9 +27,11 @@ struct Label {
   bool outside = false;
 };
 
-inline Label label_of(const KdCall& call, int64_t row) {
-  Label label;
-  if (!call.target) return label;
+// In place: what was stored a number at a time and is then copied as vectors waits for the stores
+// before it, the streamed ones among them.
+inline void read_label(const KdCall& call, int64_t row, Label& label) {
+  label = {};
+  if (!call.target) return;
   const double share = call.share ? double(call.share[row]) : 1.0;
   const auto take = [&](int64_t index, double part, int64_t& place, double& place_share,
                         double& place_part) {
@@ -45,6 +47,11 @@ inline Label label_of(const KdCall& call, int64_t row) {
   take(call.target[row], share, label.first, label.first_share, label.first_part);
   if (call.partner)
     take(call.partner[row], 1.0 - share, label.second, label.second_share, label.second_part);
+}
+
+inline Label label_of(const KdCall& call, int64_t row) {
+  Label label;
+  read_label(call, row, label);
   return label;
 }
 

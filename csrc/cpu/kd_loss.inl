@@ -2,7 +2,7 @@
 // gradient.
 //
 // A row is cut into chunks of at most 1024 logits. A chunk comes from memory once and stays in L1
-// for its two sweeps: maxima, then exponentials and their sums relative to the chunk's own maxima.
+// for its two sweeps: maxima, then exponentials and their sums relative to the maxima so far.
 // The exponentials stay in scratch (L1 to L2 sized; 8 bytes a logit) and the gradient is made of
 // them by multiply-adds, so a logit costs two exponentials: for T = 1 ... 8 softmax(s) comes from
 // e^s = (e^(s/T))^T, any other T takes a third. DRAM traffic is the least there is: student and
@@ -60,6 +60,16 @@ struct Kd {
     int64_t kept_size() const { return chunks * chunk; }
   };
 
+  // What a chunk's exponentials are at least relative to: the maxima of the chunks of its row
+  // before it. Most chunks then share theirs with the row, and nothing has to be rescaled.
+  struct Reference {
+    A student = A(-INFINITY), teacher = A(-INFINITY);
+    void take(const Statistics& part) {
+      if (part.student_sum != 0) student = part.student_max;
+      if (part.teacher_sum != 0) teacher = part.teacher_max;
+    }
+  };
+
   static A finite(A largest) { return largest == A(-INFINITY) ? A(0) : largest; }
 
   // Asks for the logits that come next, the next chunk's or the next row's, while this chunk is
@@ -76,13 +86,21 @@ struct Kd {
 
   // ---- statistics of one chunk. Sum: logit_sum too, on the way.
   template <int Power, bool Teacher, bool Keep, bool Sum = false>
-  static Statistics chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
-                                     A* student_kept, A* teacher_kept, A* label_kept,
-                                     Pending<V>& pending) {
+  static void chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
+                               const Reference& reference, A* student_kept, A* teacher_kept,
+                               A* label_kept, Pending<V>& pending, Statistics& out) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
-    V student_top(lowest), teacher_top(lowest);
-    for (int64_t i = 0; i < whole; i += L) {
+    V student_top(lowest), teacher_top(lowest), other_top(lowest);
+    int64_t first = 0;
+    // Without a teacher two maxima of the student, so that one does not wait for the other.
+    if constexpr (!Teacher)
+      for (; first + 2 * L <= whole; first += 2 * L) {
+        student_top = maximum(student_top, V::load(s + first));
+        other_top = maximum(other_top, V::load(s + first + L));
+      }
+    student_top = maximum(student_top, other_top);
+    for (int64_t i = first; i < whole; i += L) {
       student_top = maximum(student_top, V::load(s + i));
       if constexpr (Teacher) teacher_top = maximum(teacher_top, V::load(t + i));
     }
@@ -91,17 +109,17 @@ struct Kd {
       if constexpr (Teacher)
         teacher_top = maximum(teacher_top, V::load_part(t + whole, n - whole, lowest));
     }
-    Statistics out = kd_empty(A(0));
-    out.student_max = finite(maximum_of(student_top));
-    out.teacher_max = Teacher ? finite(maximum_of(teacher_top)) : A(0);
+    out = kd_empty(A(0));
+    // NaN stays: `maximum` gives the second where either is.
+    out.student_max = finite(maximum(reference.student, maximum_of(student_top)));
+    if constexpr (Teacher)
+      out.teacher_max = finite(maximum(reference.teacher, maximum_of(teacher_top)));
     out.count = A(n);
 
     const V student_max(out.student_max), teacher_max(out.teacher_max), zero(A(0));
     const Exponential student_exp = setup.student_exp, label_exp = setup.label_exp;
     V student_sum = zero, teacher_sum = zero, label_sum = zero, gap = zero, logit_sum = zero;
-    const auto step = [&](V student, V teacher, int64_t i) {
-      const V x = student - student_max;
-      const V e = student_exp(x);
+    const auto add = [&](V x, V e, V teacher, int64_t i) {
       student_sum = student_sum + e;
       if constexpr (Keep) e.store(student_kept + i);
       if constexpr (Power > 1) label_sum = label_sum + power<Power>(e);
@@ -117,18 +135,38 @@ struct Kd {
         gap = add_product_unless_zero(p, y - x, gap);
         if constexpr (Keep) p.store(teacher_kept + i);
       }
+    };
+    const auto step = [&](V student, V teacher, int64_t i) {
+      const V x = student - student_max;
+      add(x, student_exp(x), teacher, i);
       return x;
     };
     const A* const leaving = pending.from;
     A* const to = pending.to;
     const int64_t end = pending.end;
     int64_t at = pending.at;
-    for (int64_t i = 0; i < whole; i += L) {
-      ask_ahead<Teacher>(s, t, i, n);
-      if (at < end) {
-        V::load(leaving + at).stream(to + at);
-        at += L;
+    const auto leave = [&]() {
+      if (at >= end) return;
+      V::load(leaving + at).stream(to + at);
+      at += L;
+    };
+    int64_t i = 0;
+    if constexpr (!Teacher && L >= 16)
+      for (; i + 2 * L <= whole; i += 2 * L) {
+        ask_ahead<Teacher>(s, t, i, n);
+        ask_ahead<Teacher>(s, t, i + L, n);
+        leave();
+        const V x = V::load(s + i) - student_max, y = V::load(s + i + L) - student_max;
+        V e = x, f = y;
+        student_exp.both(e, f);
+        add(x, e, zero, i);
+        leave();
+        add(y, f, zero, i + L);
+        if constexpr (Sum) logit_sum = logit_sum + x + y;
       }
+    for (; i < whole; i += L) {
+      ask_ahead<Teacher>(s, t, i, n);
+      leave();
       const V x = step(V::load(s + i), Teacher ? V::load(t + i) : zero, i);
       if constexpr (Sum) logit_sum = logit_sum + x;
     }
@@ -144,7 +182,6 @@ struct Kd {
     out.label_sum = Power == 1 ? out.student_sum : sum_of(label_sum);
     out.gap = sum_of(gap);
     out.logit_sum = sum_of(logit_sum);
-    return out;
   }
 
   // ---- gradient of one chunk
@@ -176,8 +213,10 @@ struct Kd {
     if (i < n) value(i).store_part(out + i, n - i);
   }
 
-  using StatisticsFunction = Statistics (*)(const Setup&, const A*, const A*, int64_t, A*, A*, A*,
-                                            Pending<V>&);
+  // The results of these and of what follows are written where they stay: copied as vectors soon
+  // after they were stored one by one, they would wait for all stores before them.
+  using StatisticsFunction = void (*)(const Setup&, const A*, const A*, int64_t, const Reference&,
+                                      A*, A*, A*, Pending<V>&, Statistics&);
   using GradientFunction = void (*)(const Coefficients&, const A*, const A*, const A*, int64_t, A*,
                                     bool);
 
@@ -221,15 +260,16 @@ struct Kd {
     });
   }
 
-  // Whether a row's gradient leaves while the next row is worked on. Not with AVX2, whose sixteen
-  // registers are too few for both, nor where the exponentials of two rows outgrow the second
+  // Whether a row's gradient leaves while the next row is worked on: chunk by chunk, the next row's
+  // exponentials take the place of those that a chunk of the gradient was made of. Not with AVX2,
+  // whose sixteen registers are too few for both, nor where the exponentials outgrow the second
   // cache.
   static bool leaves_late(const Setup& setup) {
     return L >= 16 && setup.keep && setup.call.stream &&
            setup.call.student.dtype == dtype_of<A>() &&
-           2 * place_size(setup) * int64_t(sizeof(A)) <= kTwoRowsBytes;
+           exponentials_size(setup) * int64_t(sizeof(A)) <= kLateBytes;
   }
-  static constexpr int64_t kTwoRowsBytes = int64_t(256) << 10;
+  static constexpr int64_t kLateBytes = int64_t(640) << 10;
 
   // ---- one row
   static KdWeights<A> weights_of(const KdCall& call, const Label& label, int64_t row) {
@@ -246,7 +286,8 @@ struct Kd {
   }
 
   static void statistics(const Setup& setup, StatisticsFunction function, int64_t row,
-                         int64_t first, int64_t last, const Kept& kept, Buffers& buffers) {
+                         int64_t first, int64_t last, Reference& reference, const Kept& kept,
+                         Buffers& buffers) {
     const KdCall& call = setup.call;
     for (int64_t k = first; k < last; ++k) {
       const int64_t from = k * setup.chunk;
@@ -254,8 +295,9 @@ struct Kd {
       const A* s = read_row<A>(call.student, row, from, n, buffers.student);
       const A* t =
           setup.teacher ? read_row<A>(call.teacher, row, from, n, buffers.teacher) : nullptr;
-      kept.statistics[k] = function(setup, s, t, n, kept.student + from, kept.teacher + from,
-                                    kept.label + from, buffers.pending);
+      function(setup, s, t, n, reference, kept.student + from, kept.teacher + from,
+               kept.label + from, buffers.pending, kept.statistics[k]);
+      reference.take(kept.statistics[k]);
       if (setup.smoothing || setup.dense) {
         const A* y = setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
         add_label_sums<V>(setup.smoothing, setup.dense, s, y, n, kept.statistics[k]);
@@ -263,16 +305,17 @@ struct Kd {
     }
   }
 
-  static Coefficients finish(const Setup& setup, int64_t row, const Label& label, KdWeights<A> w,
-                             const Kept& kept, Statistics& whole) {
+  // Statistics of the row: those of its one chunk, or `whole`, made of them.
+  static const Statistics& merged(const Setup& setup, const Kept& kept, Statistics& whole) {
+    if (setup.chunks == 1) return kept.statistics[0];
     whole = kept.statistics[0];
     for (int64_t k = 1; k < setup.chunks; ++k)
       whole = kd_merge(whole, kept.statistics[k], setup.inverse_temperature);
-    return coefficients(setup, row, label, w, whole);
+    return whole;
   }
 
-  static Coefficients coefficients(const Setup& setup, int64_t row, const Label& label,
-                                   KdWeights<A> w, const Statistics& whole) {
+  static void coefficients(const Setup& setup, int64_t row, const Label& label, KdWeights<A>& w,
+                           const Statistics& whole, Coefficients& out) {
     const KdCall& call = setup.call;
     const auto dot = [&](int64_t index, double share) {
       if (index < 0 || share == 0) return A(0);
@@ -280,21 +323,22 @@ struct Kd {
       return A(share) * (*read_row<A>(call.student, row, index, 1, &element) - whole.student_max);
     };
     w.label_dot = dot(label.first, label.first_share) + dot(label.second, label.second_share);
-    return kd_finish(whole, w, setup.inverse_temperature, A(call.label_smoothing),
-                     setup.inverse_classes, A(call.threshold), setup.dense);
+    if (setup.teacher)
+      out = kd_finish(whole, w, setup.inverse_temperature, A(call.label_smoothing),
+                      setup.inverse_classes, A(call.threshold), setup.dense);
+    else
+      out = kd_finish_label(whole, w, A(call.label_smoothing), setup.inverse_classes, setup.dense);
   }
 
-  // Coefficients for exponentials that are relative to a chunk's maxima instead of the row's.
+  // Coefficients for exponentials that are relative to the maxima up to a chunk.
   static Coefficients for_chunk(const Setup& setup, const Coefficients& c, const Statistics& row,
                                 const Statistics& part) {
     Coefficients out = c;
     const A student = part.student_max - row.student_max;
     const A teacher = part.teacher_max - row.teacher_max;
-    out.student =
-        part.student_sum == 0 ? A(0) : c.student * exponential(student * setup.inverse_temperature);
-    out.label = part.student_sum == 0 ? A(0) : c.label * exponential(student);
-    out.teacher =
-        part.teacher_sum == 0 ? A(0) : c.teacher * exponential(teacher * setup.inverse_temperature);
+    out.student *= kd_rescale(part.student_sum, student * setup.inverse_temperature);
+    out.label *= kd_rescale(part.label_sum, student);
+    out.teacher *= kd_rescale(part.teacher_sum, teacher * setup.inverse_temperature);
     return out;
   }
 
@@ -309,14 +353,15 @@ struct Kd {
     for (int64_t k = first; k < last; ++k) {
       const int64_t from = k * setup.chunk;
       const int64_t n = std::min(setup.chunk, call.classes - from);
-      const Coefficients c =
-          setup.chunks == 1 ? whole : for_chunk(setup, whole, statistics, kept.statistics[k]);
+      Coefficients part;
+      if (setup.chunks > 1) part = for_chunk(setup, whole, statistics, kept.statistics[k]);
+      const Coefficients& c = setup.chunks > 1 ? part : whole;
       const A* student_kept = kept.student + from;
       const A* teacher_kept = kept.teacher + from;
       const A* label_kept = kept.label + from;
       A* const place = reinterpret_cast<A*>(gradient) + from;
       if (late) buffers.pending.rest();
-      A* out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
+      A* out = late ? buffers.pending.place(place, student_kept) : direct ? place : buffers.out;
       function(c, student_kept, teacher_kept, label_kept, n, out,
                !late && direct && call.stream && !setup.dense);
       if (setup.dense) {
@@ -356,25 +401,33 @@ struct Kd {
 
   // Scratch of a thread, kept between calls: three rows at most.
   static A* scratch(int64_t size) {
-    static thread_local std::vector<A> memory;
-    if (int64_t(memory.size()) < size) memory.resize(size_t(size));
-    return memory.data();
+    static thread_local LineMemory<A> memory;
+    return memory.of(size);
   }
+  // Multiples of 16, so that every part begins with a line.
   static int64_t statistics_size(const Setup& setup) {
-    return setup.chunks * int64_t(sizeof(Statistics) / sizeof(A));
+    return (setup.chunks * int64_t(sizeof(Statistics) / sizeof(A)) + 15) / 16 * 16;
   }
-  static Kept place(const Setup& setup, A* memory) {
+  static int64_t exponentials_size(const Setup& setup) {
+    const int64_t rows = 1 + setup.teacher + (setup.power == kOwnExponential);
+    return setup.keep ? rows * setup.kept_size() : 0;
+  }
+  static Kept place(const Setup& setup, A* statistics, A* exponentials) {
     const int64_t size = setup.kept_size();
     Kept kept;
-    kept.statistics = reinterpret_cast<Statistics*>(memory);
-    kept.student = memory + (statistics_size(setup) + 15) / 16 * 16;
+    kept.statistics = reinterpret_cast<Statistics*>(statistics);
+    kept.student = exponentials;
     kept.teacher = kept.student + size;
     kept.label = kept.teacher + (setup.teacher ? size : 0);
     return kept;
   }
   static int64_t place_size(const Setup& setup) {
-    const int64_t rows = 1 + setup.teacher + (setup.power == kOwnExponential);
-    return (statistics_size(setup) + 15) / 16 * 16 + (setup.keep ? rows * setup.kept_size() : 0);
+    return statistics_size(setup) + exponentials_size(setup);
+  }
+  // Of row `row` of a workspace.
+  static Kept place(const Setup& setup, void* workspace, int64_t row) {
+    A* const memory = static_cast<A*>(workspace) + row * place_size(setup);
+    return place(setup, memory, memory + statistics_size(setup));
   }
 
   static void rows(const KdCall& call, int64_t begin, int64_t end) {
@@ -385,42 +438,46 @@ struct Kd {
     const auto statistics_of = statistics_function(setup);
     const auto gradient_of = gradient_function(setup);
     const bool late = leaves_late(setup);
-    const int64_t size = (place_size(setup) + 15) / 16 * 16;
-    A* const memory = scratch((1 + late) * size);
+    const int64_t exponentials = exponentials_size(setup), size = statistics_size(setup);
+    A* const memory = scratch(exponentials + (1 + late) * size);
     struct Row {
       int64_t row = -1;
       Label label;
       Coefficients c;
       Statistics whole;
       Kept kept;
-    } now, before;
-    now.kept = place(setup, memory);
-    before.kept = place(setup, memory + late * size);
+    } two[2];
+    for (int i = 0; i < 2; ++i)
+      two[i].kept = place(setup, memory + exponentials + i * late * size, memory);
+    Row *current = &two[0], *previous = &two[1];
     Buffers buffers;
     const auto gradient = [&](const Row& of, int64_t first, int64_t last) {
       gradients(setup, gradient_of, of.row, first, last, of.label, of.c, of.whole, of.kept, buffers,
                 late);
     };
     for (int64_t row = begin; row < end; ++row) {
-      now.label = label_of(call, row);
-      const KdWeights<A> w = weights_of(call, now.label, row);
+      Row& now = *current;
+      const Row& before = *previous;
+      read_label(call, row, now.label);
+      KdWeights<A> w = weights_of(call, now.label, row);
       if (now.label.outside || !counts(setup, w)) {
         leave_out(call, row, now.label.outside);
         continue;
       }
       now.row = row;
+      Reference reference;
       for (int64_t k = 0; k < setup.chunks; ++k) {
         if (before.row >= 0) gradient(before, k, k + 1);
-        statistics(setup, statistics_of, row, k, k + 1, now.kept, buffers);
+        statistics(setup, statistics_of, row, k, k + 1, reference, now.kept, buffers);
       }
-      now.c = finish(setup, row, now.label, w, now.kept, now.whole);
+      coefficients(setup, row, now.label, w, merged(setup, now.kept, now.whole), now.c);
       static_cast<A*>(call.losses)[row] = now.c.loss;
       if (late)
-        std::swap(now, before);
+        std::swap(current, previous);
       else if (setup.keep)
         gradient(now, 0, setup.chunks);
     }
-    if (before.row >= 0) gradient(before, 0, setup.chunks);
+    if (previous->row >= 0) gradient(*previous, 0, setup.chunks);
   }
 
   // ---- a few wide rows, cut into parts
@@ -434,9 +491,10 @@ struct Kd {
     Buffers buffers;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / parts, part = item % parts;
-      const Kept kept = place(setup, static_cast<A*>(workspace) + row * place_size(setup));
+      const Kept kept = place(setup, workspace, row);
+      Reference reference;
       statistics(setup, statistics_of, row, setup.chunks * part / parts,
-                 setup.chunks * (part + 1) / parts, kept, buffers);
+                 setup.chunks * (part + 1) / parts, reference, kept, buffers);
     }
   }
   static void part_gradients(const KdCall& call, int64_t parts, void* workspace, int64_t begin,
@@ -446,15 +504,17 @@ struct Kd {
     Buffers buffers;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / parts, part = item % parts;
-      const Kept kept = place(setup, static_cast<A*>(workspace) + row * place_size(setup));
+      const Kept kept = place(setup, workspace, row);
       const Label label = label_of(call, row);
-      const KdWeights<A> w = weights_of(call, label, row);
+      KdWeights<A> w = weights_of(call, label, row);
       if (label.outside || !counts(setup, w)) {
         if (part == 0) leave_out(call, row, label.outside);
         continue;
       }
-      Statistics whole;
-      const Coefficients c = finish(setup, row, label, w, kept, whole);
+      Statistics room;
+      const Statistics& whole = merged(setup, kept, room);
+      Coefficients c;
+      coefficients(setup, row, label, w, whole, c);
       if (part == 0) static_cast<A*>(call.losses)[row] = c.loss;
       if (setup.keep)
         gradients(setup, gradient_of, row, setup.chunks * part / parts,

@@ -21,7 +21,8 @@ struct TopKRows {
   // What the loop over rows needs of each of the k classes, teacher after teacher. delta: v - u,
   // times the teacher's share; shift: y; logit: the student's.
   struct Named {
-    int32_t* index;
+    const int32_t* index;  // of a teacher's own, or, of two, `both`
+    int32_t* both;
     // Places of the k grouped by the chunk their class lies in: chunk c's are order[begin[c]] up to
     // order[begin[c + 1]]. A row of one chunk has no groups.
     int32_t *order, *begin;
@@ -30,6 +31,7 @@ struct TopKRows {
     template <class Of>
     void each(int64_t c, int64_t chunks, Of of) const {
       if (chunks == 1)
+#pragma GCC unroll 4
         for (int64_t i = 0; i < count; ++i) of(i);
       else
         for (int64_t j = begin[c]; j < begin[c + 1]; ++j) of(order[j]);
@@ -41,29 +43,31 @@ struct TopKRows {
 
   // Classes and probabilities of one teacher; false where an index is outside the classes.
   static bool read_teacher(const KdCall& call, const TopKTeacher& teacher, int64_t row,
-                           const Exponential& exp_of, A inverse_temperature, int32_t* index,
-                           A* shift, A* v, TeacherRow<A>& out) {
-    const int64_t k = teacher.k, padded = (k + L - 1) / L * L, others = call.classes - k;
-    const int32_t* const from = teacher.indices + row * k;
+                           const Exponential& exp_of, A inverse_temperature, A* shift, A* v,
+                           TeacherRow<A>& out) {
+    const int64_t k = teacher.k, whole = k / L * L, padded = (k + L - 1) / L * L;
+    const int64_t others = call.classes - k;
+    const int32_t* const index = teacher.indices + row * k;
     uint32_t largest_index = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      largest_index = std::max(largest_index, uint32_t(from[i]));
-      index[i] = from[i];
-    }
+    for (int64_t i = 0; i < k; ++i) largest_index = std::max(largest_index, uint32_t(index[i]));
     if (largest_index >= uint64_t(call.classes)) return false;
-    const char* const at = static_cast<const char*>(teacher.log_probs.data) +
-                           row * teacher.log_probs.row_stride * size_of(teacher.log_probs.dtype);
-    read_as(at, teacher.log_probs.dtype, shift, k);
-    for (int64_t i = k; i < padded; ++i) shift[i] = A(-INFINITY);
+    const A* const l = read_row<A>(teacher.log_probs, row, 0, k, shift);
+    // Of the row after the next: past the last one nothing is read, and asking is no access.
+    __builtin_prefetch(index + 2 * k);
+    if (l != shift) __builtin_prefetch(l + 2 * teacher.log_probs.row_stride);
     A tail;
     tail = others > 0 ? *read_row<A>(teacher.log_tail, row, 0, 1, &tail) : A(-INFINITY);
-    V largest(A(-INFINITY));
-    for (int64_t i = 0; i < padded; i += L) largest = maximum(largest, V::load(shift + i));
+    const A lowest = A(-INFINITY);
+    const auto log_probs = [&](int64_t i) {
+      return i < whole ? V::load(l + i) : V::load_part(l + i, k - i, lowest);
+    };
+    V largest(lowest);
+    for (int64_t i = 0; i < padded; i += L) largest = maximum(largest, log_probs(i));
     const A largest_of_k = maximum_of(largest), top = Body::finite(maximum(tail, largest_of_k));
     const V less(top), rate(inverse_temperature);
     V sum(A(0));
     for (int64_t i = 0; i < padded; i += L) {
-      const V x = V::load(shift + i) - less, e = exp_of(x);
+      const V x = log_probs(i) - less, e = exp_of(x);
       sum = sum + e;
       e.store(v + i);
       (x * rate).store(shift + i);
@@ -71,7 +75,7 @@ struct TopKRows {
     const A tail_shift = (tail - top) * inverse_temperature;
     const A tail_exp = tail == A(-INFINITY) ? A(0) : exponential(tail_shift);
     const TeacherSums<A> sums = {sum_of(sum),
-                                 exponential((largest_of_k - top) * inverse_temperature),
+                                 kd_rescale(A(1), (largest_of_k - top) * inverse_temperature),
                                  tail_exp * A(others), tail_exp == A(0) ? A(0) : tail_shift};
     out = finish_teacher(sums, call.tail_policy, others);
     const V by(out.inverse), each(out.each);
@@ -88,9 +92,14 @@ struct TopKRows {
     for (int64_t i = 0; i < call.named_count; ++i) {
       const TopKTeacher& teacher = call.named[i];
       A* const delta = named.delta + named.count;
-      if (!read_teacher(call, teacher, row, exp_of, inverse_temperature, named.index + named.count,
-                        named.shift + named.count, delta, out))
+      if (!read_teacher(call, teacher, row, exp_of, inverse_temperature, named.shift + named.count,
+                        delta, out))
         return false;
+      named.index = teacher.indices + row * teacher.k;
+      if (call.mix) {
+        std::copy_n(named.index, teacher.k, named.both + named.count);
+        named.index = named.both;
+      }
       named.count += teacher.k;
       const A share = !call.mix ? A(1) : i == 0 ? A(call.mix[row]) : A(1) - A(call.mix[row]);
       mass += out.inverse == A(0) ? A(0) : share;
@@ -218,6 +227,7 @@ struct TopKRows {
                                 typename Body::Buffers& buffers, Statistics& of_k,
                                 Between between) {
     const KdCall& call = setup.call;
+    typename Body::Reference reference;
     for (int64_t c = 0; c < setup.chunks; ++c) {
       between(c);
       const int64_t from = c * setup.chunk, n = std::min(setup.chunk, call.classes - from);
@@ -225,8 +235,9 @@ struct TopKRows {
       std::copy_n(s, n, buffers.teacher);
       named.each(c, setup.chunks,
                  [&](int64_t i) { buffers.teacher[named.index[i] - from] = A(-INFINITY); });
-      kept.statistics[c] = function(setup, buffers.teacher, nullptr, n, kept.student + from,
-                                    nullptr, kept.label + from, buffers.pending);
+      function(setup, buffers.teacher, nullptr, n, reference, kept.student + from, nullptr,
+               kept.label + from, buffers.pending, kept.statistics[c]);
+      reference.take(kept.statistics[c]);
       if (setup.smoothing || setup.dense) {
         const A* const y =
             setup.dense ? read_row<A>(call.soft, row, from, n, buffers.out) : nullptr;
@@ -234,8 +245,8 @@ struct TopKRows {
       }
     }
     gather(call, row, named, A(0));
-    of_k = function(setup, named.logit, nullptr, named.count, named.kept, nullptr, named.kept_label,
-                    buffers.pending);
+    function(setup, named.logit, nullptr, named.count, {}, named.kept, nullptr, named.kept_label,
+             buffers.pending, of_k);
     of_k.count = A(0);  // the sums over logits have them already
   }
 
@@ -265,12 +276,15 @@ struct TopKRows {
       const int64_t from = part * setup.chunk, n = std::min(setup.chunk, call.classes - from);
       A* const place = reinterpret_cast<A*>(gradient) + from;
       if (late) buffers.pending.rest();
-      A* const out = late ? buffers.pending.place(place) : direct ? place : buffers.out;
+      A* const out = late     ? buffers.pending.place(place, of.kept.student + from)
+                     : direct ? place
+                              : buffers.out;
       if (sweep) {
-        const Coefficients c = shifted ? Body::for_chunk(setup, of.c, bucket ? of.rest : of.whole,
-                                                         of.kept.statistics[part])
-                                       : of.c;
-        gradient_of(c, of.kept.student + from, nullptr, of.kept.label + from, n, out, false);
+        Coefficients c;
+        if (shifted)
+          c = Body::for_chunk(setup, of.c, bucket ? of.rest : of.whole, of.kept.statistics[part]);
+        gradient_of(shifted ? c : of.c, of.kept.student + from, nullptr, of.kept.label + from, n,
+                    out, false);
       } else {
         std::fill_n(out, n, A(0));
       }
@@ -312,8 +326,9 @@ struct TopKRows {
     const typename Body::Kept& kept = now.kept;
     Named& named = now.named;
     now.row = row;
-    const Label label = now.label = label_of(call, row);
-    const KdWeights<A> w = Body::weights_of(whole_call, label, row);
+    const Label& label = now.label;
+    read_label(call, row, now.label);
+    KdWeights<A> w = Body::weights_of(whole_call, label, row);
     if (label.outside || !Body::counts(distilling, w)) {
       Body::leave_out(call, row, label.outside);
       return false;
@@ -329,29 +344,31 @@ struct TopKRows {
 
     group(setup, named);
 
-    // The student, and the label term by kd_finish (its own distillation term has no teacher).
-    KdWeights<A> label_only = w;
-    label_only.kd_loss = label_only.kd_gradient = A(0);
-    Statistics &whole = now.whole, &rest = now.rest, of_k = kd_empty(A(0));
+    // The student, and the label term.
+    Statistics &rest = now.rest, of_k;
     Coefficients& c = now.c;
-    whole = rest = of_k, c = {};
+    const Statistics* statistics = &now.whole;
     const bool sweep = !support || setup.label;
     if constexpr (bucket) {
       bucket_statistics(setup, statistics_of, row, named, kept, buffers, of_k, between);
       rest = kept.statistics[0];
       for (int64_t i = 1; i < setup.chunks; ++i) rest = kd_merge(rest, kept.statistics[i], rate);
-      whole = kd_merge(rest, of_k, rate);
-      c = Body::coefficients(setup, row, label, label_only, whole);
+      now.whole = kd_merge(rest, of_k, rate);
     } else if (sweep) {
+      typename Body::Reference reference;
       for (int64_t k = 0; k < setup.chunks; ++k) {
         between(k);
-        Body::statistics(setup, statistics_of, row, k, k + 1, kept, buffers);
+        Body::statistics(setup, statistics_of, row, k, k + 1, reference, kept, buffers);
       }
-      c = Body::finish(setup, row, label, label_only, kept, whole);
-    }
-
-    if (!sweep)
+      statistics = &Body::merged(setup, kept, now.whole);
+    } else {
       for (int64_t k = 0; k < setup.chunks; ++k) between(k);
+    }
+    const Statistics& whole = *statistics;
+    if (sweep)
+      Body::coefficients(setup, row, label, w, whole, c);
+    else
+      c = {};
     if constexpr (!bucket) gather(call, row, named, mixture ? A(0) : -teacher.each);
 
     // The distillation term.
@@ -414,14 +431,15 @@ struct TopKRows {
     if (setup.power > 4) setup.power = kOwnExponential;
     const int64_t most = (call.named[0].k + L - 1) / L * L + (call.named[1].k + L - 1) / L * L;
     const bool late = Body::leaves_late(setup);
-    const int64_t exps = (Body::place_size(setup) + 15) / 16 * 16, step = most + 16;
+    const int64_t statistics = Body::statistics_size(setup), step = (most + 15) / 16 * 16 + 16;
+    const int64_t exponentials = Body::exponentials_size(setup);
     // The groups' begins are integers no larger than an A.
-    const int64_t size = exps + 8 * step + (setup.chunks + 1 + 15) / 16 * 16;
-    A* const memory = Body::scratch((1 + late) * size);
-    Row now, before;
+    const int64_t size = statistics + 8 * step + (setup.chunks + 1 + 15) / 16 * 16;
+    A* const memory = Body::scratch(exponentials + (1 + late) * size);
+    Row two[2], *current = &two[0], *previous = &two[1];
     const auto lay = [&](Row& row, A* from) {
-      row.kept = Body::place(setup, from);
-      A* const at = from + exps;
+      row.kept = Body::place(setup, from, memory);
+      A* const at = from + statistics;
       Named& named = row.named;
       named.delta = at;
       named.logit = at + step;
@@ -429,12 +447,11 @@ struct TopKRows {
       named.kept_label = at + 3 * step;
       named.gradient = at + 4 * step;
       named.shift = at + 5 * step;
-      named.index = reinterpret_cast<int32_t*>(at + 6 * step);
+      named.both = reinterpret_cast<int32_t*>(at + 6 * step);
       named.order = reinterpret_cast<int32_t*>(at + 7 * step);
       named.begin = reinterpret_cast<int32_t*>(at + 8 * step);
     };
-    lay(now, memory);
-    lay(before, memory + late * size);
+    for (int i = 0; i < 2; ++i) lay(two[i], memory + exponentials + i * late * size);
     const auto statistics_of = statistics_function<Policy == kTailUniform>(setup);
     const auto gradient_of = gradient_function(setup);
     typename Body::Buffers buffers;
@@ -442,17 +459,17 @@ struct TopKRows {
       gradients<Policy>(setup, gradient_of, of, first, last, buffers, late);
     };
     for (int64_t row = begin; row < end; ++row) {
-      const bool counts = loss<Policy>(setup, distilling, statistics_of, gradient_of, row, now,
+      const bool counts = loss<Policy>(setup, distilling, statistics_of, gradient_of, row, *current,
                                        buffers, [&](int64_t k) {
-                                         if (before.row >= 0) gradient(before, k, k + 1);
+                                         if (previous->row >= 0) gradient(*previous, k, k + 1);
                                        });
       if (!counts) continue;
       if (late)
-        std::swap(now, before);
+        std::swap(current, previous);
       else if (setup.keep)
-        gradient(now, 0, setup.chunks);
+        gradient(*current, 0, setup.chunks);
     }
-    if (before.row >= 0) gradient(before, 0, setup.chunks);
+    if (previous->row >= 0) gradient(*previous, 0, setup.chunks);
   }
 
   static void rows(const KdCall& call, int64_t begin, int64_t end) {

@@ -9,18 +9,26 @@ struct Pending {
   using A = typename V::Scalar;
   static constexpr int64_t L = V::lanes;
 
-  alignas(64) A chunk[kChunk + 64 / sizeof(A)];
+  static constexpr uintptr_t kPage = 4096;
+  alignas(64) A chunk[kChunk + (kPage + 64) / sizeof(A)];
   const A* from = nullptr;
   A* to = nullptr;
   int64_t at = 0, end = 0;
 
   ~Pending() { rest(); }
-  // Where to make the chunk, so that its lines lie as they do at `out`.
-  A* place(const A* out) { return chunk + reinterpret_cast<uintptr_t>(out) % 64 / sizeof(A); }
+  // Where to make the chunk, so that its lines lie as they do at `out`; half a page, modulo pages,
+  // from the exponentials that it is made of: a load at the place in its page that was just stored
+  // to in another waits for that store.
+  A* place(const A* out, const A* made_of) {
+    const uintptr_t apart =
+        reinterpret_cast<uintptr_t>(made_of) + kPage / 2 - reinterpret_cast<uintptr_t>(chunk);
+    const uintptr_t in_line = reinterpret_cast<uintptr_t>(out) % 64;
+    return chunk + (apart % kPage / 64 * 64 + in_line) / sizeof(A);
+  }
   // What shares a line with a neighbour is stored: such a line is not made in one go.
   void give(const A* made, A* out, int64_t n) {
     constexpr int64_t line = 64 / int64_t(sizeof(A));
-    const int64_t head = std::min((line - (made - chunk)) % line, n);
+    const int64_t head = std::min((line - (made - chunk) % line) % line, n);
     from = made, to = out, at = head, end = head + (n - head) / line * line;
     std::copy_n(made, head, out);
     std::copy_n(made + end, n - end, out + end);

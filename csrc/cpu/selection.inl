@@ -27,10 +27,9 @@ struct Selection {
 
   // The row in the arithmetic's own dtype.
   static const A* whole_row(const Matrix& matrix, int64_t row, int64_t classes) {
-    static thread_local std::vector<A> memory;
-    if (matrix.dtype != dtype_of<A>() && int64_t(memory.size()) < classes)
-      memory.resize(size_t(classes));
-    return read_row<A>(matrix, row, 0, classes, memory.data());
+    static thread_local LineMemory<A> memory;
+    A* const to = matrix.dtype == dtype_of<A>() ? nullptr : memory.of(classes);
+    return read_row<A>(matrix, row, 0, classes, to);
   }
 
   // of(vector, place) of every vector of the row; the last one filled up with -inf.

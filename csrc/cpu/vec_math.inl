@@ -23,16 +23,25 @@ struct Exponential {
   }
 
   Vec operator()(Vec x) const {
+    Vec same = x;
+    both(x, same);
+    return x;
+  }
+  // Of two vectors, step by step: neither waits for its own last step.
+  void both(Vec& a, Vec& b) const {
     // 1.5 * 2^20 rounds to eighths; 127 more and the low bits of the sum are those of the exponent.
     const Vec magic(1572864.0f + 127.0f);
-    x = maximum(smallest, x);
-    const Vec shifted = multiply_add(x, high, magic);
-    const Vec k = shifted - magic;
-    const Vec f = multiply_add(x, low, multiply_subtract(x, high, k));
-    Vec y = multiply_add(Vec(5.55274314e-2f), f, Vec(2.40258798e-1f));
-    y = multiply_add(y, f, Vec(6.93147182e-1f)) * f;
-    const Vec scale = power_of_eighths(shifted);
-    return multiply_add(scale, y, scale);
+    a = maximum(smallest, a), b = maximum(smallest, b);
+    const Vec shifted_a = multiply_add(a, high, magic), shifted_b = multiply_add(b, high, magic);
+    const Vec k_a = shifted_a - magic, k_b = shifted_b - magic;
+    const Vec rest_a = multiply_subtract(a, high, k_a), rest_b = multiply_subtract(b, high, k_b);
+    const Vec f_a = multiply_add(a, low, rest_a), f_b = multiply_add(b, low, rest_b);
+    const Vec third(5.55274314e-2f), second(2.40258798e-1f), first(6.93147182e-1f);
+    Vec y_a = multiply_add(third, f_a, second), y_b = multiply_add(third, f_b, second);
+    y_a = multiply_add(y_a, f_a, first), y_b = multiply_add(y_b, f_b, first);
+    y_a = y_a * f_a, y_b = y_b * f_b;
+    const Vec scale_a = power_of_eighths(shifted_a), scale_b = power_of_eighths(shifted_b);
+    a = multiply_add(scale_a, y_a, scale_a), b = multiply_add(scale_b, y_b, scale_b);
   }
 };
 

@@ -237,8 +237,8 @@ struct DivergenceLoss {
 
     KdWeights<A>& w = worth.w;
     w.label_dot = label.dot(worth.label, held, whole_max);
-    const KdCoefficients<A> c = kd_finish(ce, w, A(1), A(call.label_smoothing),
-                                          A(1.0 / double(label.classes)), A(0), label.dense);
+    const KdCoefficients<A> c = kd_finish_label(ce, w, A(call.label_smoothing),
+                                                A(1.0 / double(label.classes)), label.dense);
     const A loss = c.loss + (w.kd_loss == 0 ? A(0) : w.kd_loss * d.loss);
     if (!held.out) return loss;
     // Label exponentials are made relative to the rest's maximum, where they are powers of others.

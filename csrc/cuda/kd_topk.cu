@@ -266,10 +266,8 @@ struct TopKLoss {
     const bool taught = w.kd_loss != A(0) && !(teacher.confidence < A(call.threshold));
     if (!taught) term = no_term(A(0));
     w.label_dot = label.dot(worth.label, held, whole_max);
-    KdWeights<A> label_only = w;
-    label_only.kd_loss = label_only.kd_gradient = A(0);
-    const KdCoefficients<A> c = kd_finish(ce, label_only, A(1), A(call.label_smoothing),
-                                          A(1.0 / double(label.classes)), A(0), label.dense);
+    const KdCoefficients<A> c = kd_finish_label(ce, w, A(call.label_smoothing),
+                                                A(1.0 / double(label.classes)), label.dense);
     const A loss = c.loss + (taught ? w.kd_loss * term.loss : A(0));
     if (!held.out) return loss;
 

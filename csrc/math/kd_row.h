@@ -52,33 +52,38 @@ FS_HD inline V kd_gap_term(V teacher_exp, V teacher_shifted, V student_shifted) 
   return select(teacher_exp, teacher_exp * (teacher_shifted - student_shifted), V(0));
 }
 
+// What a sum of exponentials is multiplied by for its maximum to be `shift` higher; 0 for a sum
+// that is 0. One of two parts has the higher maximum, and parts made one after the other mostly the
+// same.
+template <class A>
+FS_HD inline A kd_rescale(A sum, A shift) {
+  return sum == 0 ? A(0) : shift == 0 ? A(1) : exponential(shift);
+}
+
 // Statistics of two disjoint parts of a row.
-template <class V>
-FS_HD inline KdStatistics<V> kd_merge(const KdStatistics<V>& a, const KdStatistics<V>& b,
-                                      V inverse_temperature) {
-  const V zero = V(0);
-  KdStatistics<V> out;
+template <class A>
+FS_HD inline KdStatistics<A> kd_merge(const KdStatistics<A>& a, const KdStatistics<A>& b,
+                                      A inverse_temperature) {
+  const A zero = A(0);
+  KdStatistics<A> out;
   // The softmax at T = 1 is kept for rows without a teacher too: label_sum or student_sum is set.
-  const V has_a = a.student_sum + a.label_sum, has_b = b.student_sum + b.label_sum;
+  const A has_a = a.student_sum + a.label_sum, has_b = b.student_sum + b.label_sum;
   out.student_max = select(
       has_a, select(has_b, maximum(a.student_max, b.student_max), a.student_max), b.student_max);
   out.teacher_max = select(
       a.teacher_sum, select(b.teacher_sum, maximum(a.teacher_max, b.teacher_max), a.teacher_max),
       b.teacher_max);
-  const V student_a = a.student_max - out.student_max, student_b = b.student_max - out.student_max;
-  const V teacher_a = a.teacher_max - out.teacher_max, teacher_b = b.teacher_max - out.teacher_max;
-  const V student_fa = select(has_a, exponential(student_a * inverse_temperature), zero);
-  const V student_fb = select(has_b, exponential(student_b * inverse_temperature), zero);
-  const V teacher_fa = select(a.teacher_sum, exponential(teacher_a * inverse_temperature), zero);
-  const V teacher_fb = select(b.teacher_sum, exponential(teacher_b * inverse_temperature), zero);
-  const V label_fa = select(has_a, exponential(student_a), zero);
-  const V label_fb = select(has_b, exponential(student_b), zero);
-  out.student_sum = select(has_a, a.student_sum * student_fa, zero) +
-                    select(has_b, b.student_sum * student_fb, zero);
+  const A student_a = a.student_max - out.student_max, student_b = b.student_max - out.student_max;
+  const A teacher_a = a.teacher_max - out.teacher_max, teacher_b = b.teacher_max - out.teacher_max;
+  const A teacher_fa = kd_rescale(a.teacher_sum, teacher_a * inverse_temperature);
+  const A teacher_fb = kd_rescale(b.teacher_sum, teacher_b * inverse_temperature);
+  out.student_sum = a.student_sum * kd_rescale(a.student_sum, student_a * inverse_temperature) +
+                    b.student_sum * kd_rescale(b.student_sum, student_b * inverse_temperature);
   out.teacher_sum = a.teacher_sum * teacher_fa + b.teacher_sum * teacher_fb;
-  out.label_sum = a.label_sum * label_fa + b.label_sum * label_fb;
-  const V gap_a = a.gap + a.teacher_sum * (teacher_a - student_a);
-  const V gap_b = b.gap + b.teacher_sum * (teacher_b - student_b);
+  out.label_sum = a.label_sum * kd_rescale(a.label_sum, student_a) +
+                  b.label_sum * kd_rescale(b.label_sum, student_b);
+  const A gap_a = a.gap + a.teacher_sum * (teacher_a - student_a);
+  const A gap_b = b.gap + b.teacher_sum * (teacher_b - student_b);
   out.gap =
       select(teacher_fa, teacher_fa * gap_a, zero) + select(teacher_fb, teacher_fb * gap_b, zero);
   out.logit_sum = a.logit_sum + a.count * student_a + b.logit_sum + b.count * student_b;
@@ -105,14 +110,34 @@ struct KdCoefficients {
   V loss, student, label, teacher, constant, hard;
 };
 
+// The label term alone. |Y| = share of valid labels, or the row sum of a dense label.
+template <class V>
+FS_HD inline KdCoefficients<V> kd_finish_label(const KdStatistics<V>& row, const KdWeights<V>& w,
+                                               V label_smoothing, V inverse_classes, bool dense) {
+  const V zero = V(0), one = V(1);
+  const V kept = one - label_smoothing;
+  const V mass = dense ? kept * row.soft_mass + label_smoothing : w.label_mass;
+  const V dot = kept * (dense ? row.soft_dot : w.label_dot);
+  const V smoothing = label_smoothing * inverse_classes * (dense ? one : w.label_mass);
+  const V entropy =
+      mass * logarithm(row.label_sum) - dot - select(smoothing, smoothing * row.logit_sum, zero);
+  const V ce = select(mass, select(row.label_sum, entropy, V(INFINITY)), zero);
+  KdCoefficients<V> out;
+  out.student = out.teacher = zero;
+  out.label = select(row.label_sum, w.ce_gradient * mass / row.label_sum, zero);
+  out.constant = w.ce_gradient * smoothing;
+  out.hard = w.ce_gradient * kept;
+  out.loss = select(w.ce_loss, w.ce_loss * ce, zero);
+  return out;
+}
+
 template <class V>
 FS_HD inline KdCoefficients<V> kd_finish(const KdStatistics<V>& row, const KdWeights<V>& w,
                                          V inverse_temperature, V label_smoothing,
                                          V inverse_classes, V threshold, bool dense) {
   const V zero = V(0), one = V(1);
   const V infinity = V(INFINITY);
-  const V kept = one - label_smoothing;
-  KdCoefficients<V> out;
+  KdCoefficients<V> out = kd_finish_label(row, w, label_smoothing, inverse_classes, dense);
   // Distillation. No finite teacher logit: nothing to learn, 0. None of the student: p > 0 = q.
   const V teacher_inverse = one / row.teacher_sum, student_inverse = one / row.student_sum;
   const V divergence = row.gap * teacher_inverse * inverse_temperature +
@@ -124,17 +149,7 @@ FS_HD inline KdCoefficients<V> kd_finish(const KdStatistics<V>& row, const KdWei
   const V kd_gradient = select(taught, w.kd_gradient, zero);
   out.student = select(row.student_sum, kd_gradient * student_inverse, zero);
   out.teacher = select(taught, w.kd_gradient * teacher_inverse, zero);
-  // Label term. |Y| = share of valid labels, or the row sum of a dense label.
-  const V mass = dense ? kept * row.soft_mass + label_smoothing : w.label_mass;
-  const V dot = kept * (dense ? row.soft_dot : w.label_dot);
-  const V smoothing = label_smoothing * inverse_classes * (dense ? one : w.label_mass);
-  const V entropy =
-      mass * logarithm(row.label_sum) - dot - select(smoothing, smoothing * row.logit_sum, zero);
-  const V ce = select(mass, select(row.label_sum, entropy, infinity), zero);
-  out.label = select(row.label_sum, w.ce_gradient * mass / row.label_sum, zero);
-  out.constant = w.ce_gradient * smoothing;
-  out.hard = w.ce_gradient * kept;
-  out.loss = select(w.kd_loss, w.kd_loss * kd, zero) + select(w.ce_loss, w.ce_loss * ce, zero);
+  out.loss = select(w.kd_loss, w.kd_loss * kd, zero) + out.loss;
   return out;
 }
 

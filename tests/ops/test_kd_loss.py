@@ -211,6 +211,30 @@ def test_large_logits_stay_finite(isa: str, classes: int, temperature: float) ->
         )
 
 
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 2.5, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_maxima_of_chunks_far_apart(isa: str, dtype: torch.dtype, temperature: float) -> None:
+    # Exponentials of a chunk are relative to the maxima so far: those rise, fall, or are not there.
+    student, teacher, target = example(6, 3500)
+    assert teacher is not None
+    quarter = torch.arange(3500) // 875
+    for logits, row, shifts in (
+        (student, 0, (0, 300, 600, 900)),
+        (student, 1, (900, 600, 300, 0)),
+        (teacher, 1, (0, 400, 0, 400)),
+        (student, 2, (0, 5, 10, 5)),
+        (teacher, 2, (10, 5, 0, 10)),
+        (student, 3, (-math.inf, 0, -math.inf, 1)),
+        (teacher, 3, (-math.inf, 0, -math.inf, -1)),
+        (teacher, 4, (0, -math.inf, 7, -math.inf)),
+    ):
+        logits[row] += torch.tensor(shifts, dtype=torch.float64)[quarter]
+    if isinstance(target, Tensor):
+        target[:] = torch.tensor([3000, 10, 2000, 900, -100, 3499])
+    compare(dtype, student, teacher, target, temperature=temperature, reduction="none")
+    compare(dtype, student, None, target, reduction="none")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("classes", [10, 100])
 def test_nan_is_not_hidden(isa: str, classes: int, bad: float) -> None:

@@ -126,6 +126,7 @@ def kd(
     divergence: int = KL,
     first: float = 0.5,
     second: float = 2.0,
+    scale: float = 1.0,
     **changed: Any,
 ) -> tuple[Tensor, ...]:
     # A gradient's terms have the size of T / rows, or of T * rows where 16 bits want no 1 / rows.
@@ -133,7 +134,25 @@ def kd(
         "kd_loss",
         *(student, teacher, target, partner, share, weight, class_weight),
         *(divergence, first, second, *numbers(**changed)),
+        scale=scale,
     )
+
+
+def reverse_kl_scale(student: Tensor, teacher: Tensor) -> float:
+    """What `same` is to allow for the gradient T q (log(q / p) - K) of reverse KL, at any T.
+
+    Each logarithm is as large as the spread of its row's logits over T, each of the six roundings
+    on the way to the difference is at most half an eps of that, and nothing damps it where q is
+    not small. 2e-6 of a quarter of the spread are four eps of it. JSD and skew KL divide by m,
+    which is no smaller than a share of q, and DKD subtracts probabilities: they have no such loss.
+    """
+    spread = 0.0
+    for logits in (student, teacher):
+        for row in logits:
+            finite = row[row.isfinite()]
+            if finite.numel():
+                spread = max(spread, float(finite.max() - finite.min()))
+    return max(1.0, spread / 4)
 
 
 @contextmanager
@@ -226,17 +245,19 @@ def test_rows_of_every_kind(divergence: int, classes: int) -> None:
     weight[11] = 0
     class_weight = torch.rand(classes)
     class_weight[int(target[0])] = 0
+    scale = reverse_kl_scale(student, teacher) if divergence == REVERSE_KL else 1.0
     for temperature in (1.0, 0.05, 6.0):
         kd(
             student, teacher, target=target, weight=weight, class_weight=class_weight,
             divergence=divergence, reduction=NONE, temperature=temperature, threshold=0.3,
+            scale=scale,
         )  # fmt: skip
     dry = [0, 4, 6, 7]
     kd(
         student[dry], teacher[dry], target=target[dry], weight=weight[dry],
-        class_weight=class_weight, divergence=divergence, threshold=0.5,
+        class_weight=class_weight, divergence=divergence, threshold=0.5, scale=scale,
     )  # fmt: skip
-    kd(student, teacher, target=target, divergence=divergence, reduction=SUM)
+    kd(student, teacher, target=target, divergence=divergence, reduction=SUM, scale=scale)
 
 
 @pytest.mark.parametrize("classes", [10, 1500])
