@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -238,10 +239,45 @@ def test_a_writer_takes_no_more_than_a_shard(tmp_path: Path) -> None:
 )
 def test_lookup_finds_what_is_there(ids: Any) -> None:
     near = np.concatenate([ids, ids[1:] - 1, ids[:-1] + 1, [-(2**63), 0, 3, 2**63 - 1]])
-    places, found = Lookup.of(ids)(near.astype(np.int64))
-    assert np.array_equal(found, np.isin(near, ids))
-    assert np.array_equal(ids[places[found]], near[found])
-    assert (places[~found] == 0).all()
+    near = np.random.default_rng(1).permutation(near.astype(np.int64))
+    there = np.isin(near, ids)
+    lookup, wanted = Lookup.of(ids), torch.from_numpy(near)
+    places, missing = lookup.places(wanted)
+    assert missing == (~there).sum()
+    assert np.array_equal(places.numpy() >= 0, there)
+    assert np.array_equal(ids[places.numpy()[there]], near[there])
+    # Rows of one shard in the ids' order, and of several in another, with an empty one and gaps.
+    memory = torch.arange(len(ids) * 7).to(torch.uint8).view(len(ids), 7)
+    expected = memory[places] if len(ids) else torch.zeros((len(near), 7), dtype=torch.uint8)
+    expected[places < 0] = 0
+    order = torch.from_numpy(np.random.default_rng(2).permutation(len(ids)))
+    turned = torch.zeros((len(ids), 9), dtype=torch.uint8)[:, 1:8]
+    turned[order] = memory
+    cuts = [0, 0, len(ids) // 3, len(ids)]
+    shards = [turned[a:b] for a, b in itertools.pairwise(cuts)]
+    for rows, counted in (lookup.rows(wanted, [memory]), lookup.rows(wanted, shards, order)):
+        assert counted == missing
+        assert torch.equal(rows, expected)
+
+
+def test_lookup_refuses_what_would_be_read_past() -> None:
+    lookup, wanted = Lookup.of(np.arange(5)), torch.arange(5)
+    rows = torch.zeros((5, 20), dtype=torch.uint8)
+    assert lookup.rows(wanted, [rows])[1] == 0
+    for refused, message in (
+        (lambda: lookup.rows(wanted, [rows[:4]]), "shards of as many rows as ids"),
+        (lambda: lookup.rows(wanted, [rows], torch.arange(5) + 1), "shards of as many rows as ids"),
+        (lambda: lookup.rows(wanted, [rows], torch.arange(4)), "an order of all ids"),
+        (lambda: lookup.rows(wanted, []), "one shard or more"),
+        (lambda: lookup.rows(wanted, [rows, rows[:, 1:]]), "of as many bytes"),
+        (lambda: lookup.rows(wanted.int(), [rows]), "int64 wanted"),
+        (lambda: lookup.places(torch.arange(10)[::2]), "without gaps"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            refused()
+    wild = Lookup(lookup.ids, torch.tensor([-7, 99, 3, -(2**31)], dtype=torch.int32), 1)
+    places, _ = wild.places(wanted)
+    assert bool((places < 5).all())
 
 
 def test_sealed_text_is_refused_after_a_change() -> None:
