@@ -28,7 +28,7 @@ from fastscarce.cache.fingerprint import (
     not_allowed,
 )
 from fastscarce.cache.journal import journals, read_journal
-from fastscarce.cache.maintain import repair
+from fastscarce.cache.maintain import adopt_own, repair
 from fastscarce.cache.manifest import (
     Manifest,
     find_tables,
@@ -37,7 +37,7 @@ from fastscarce.cache.manifest import (
     write_manifest,
     write_samples,
 )
-from fastscarce.cache.pipeline import Piece, Pipeline
+from fastscarce.cache.pipeline import Piece, Pipeline, shard_rows
 from fastscarce.cache.quality import quality_of
 from fastscarce.cache.record import Layout, pack
 from fastscarce.cache.samples import Samples, expectation
@@ -109,8 +109,8 @@ def build(
         codec: Of the log-probabilities.
         tagged: Keep a hash of the plan with each row.
         batch_size: Rows of a forward pass. Part of the result.
-        rows_per_shard: After how many rows a file is closed. A process that dies loses at most as
-            many, and those on their way to the file.
+        rows_per_shard: What a process that dies loses at most, however it does. A file is closed
+            an eighth before, and the rows on their way to the next one are as many at most.
         rank: This process's number; each needs its own.
         world_size: How many processes share the work.
         allow_mismatch: Keys that a table which is to be continued may differ in.
@@ -148,16 +148,19 @@ def build(
             _repair_if_alone(folder, manifest, say)
             held.enter_context(locked(folder, "table", shared=True))
             held.enter_context(locked(folder, f"rank{rank:03d}"))
+            adopt_own(folder, manifest, f"rank{rank:03d}")
             done = _done(folder, manifest)
             work = _Work(asked, part, chosen, seed, layout, batch_size, views)
+            rows = max(rows_per_shard, batch_size)
             writer = ShardWriter(
                 folder,
                 layout,
                 fingerprint=manifest.fingerprint,
                 writer=f"rank{rank:03d}",
-                rows=max(rows_per_shard, batch_size),
+                rows=shard_rows(rows, batch_size),
             )
-            written = _run(work, writer, done, rank, world_size)
+            pieces = Pipeline(layout, part, writer, rows)
+            written = _run(work, pieces, done, rank, world_size)
             missing = _finish(folder)
     except OSError as error:
         raise CacheError(
@@ -253,7 +256,7 @@ def _versions() -> dict[str, str]:
 
 
 def _repair_if_alone(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
-    """Drop what an earlier process left half, unless others are writing now."""
+    """Adopt what earlier processes left whole and drop the rest, unless others are writing now."""
     try:
         with locked(folder, "table"):
             dropped = repair(folder, manifest)
@@ -324,10 +327,9 @@ class _Work:
         return Piece(view, new, ids, records, sentinels, ready)
 
 
-def _run(work: _Work, writer: ShardWriter, done: dict[int, Ids], rank: int, world_size: int) -> int:
+def _run(work: _Work, pieces: Pipeline, done: dict[int, Ids], rank: int, world_size: int) -> int:
     """This process's units, the writing in a thread of its own; returns the rows written."""
     written = 0
-    pieces = Pipeline(work.layout, work.samples, writer)
     try:
         for number, (view, places, chosen) in enumerate(work.units()):
             if number % world_size != rank:
@@ -338,6 +340,7 @@ def _run(work: _Work, writer: ShardWriter, done: dict[int, Ids], rank: int, worl
             if known is not None:
                 own = own[~np.isin(work.samples.ids[places[own]], known)]
             if len(own):
+                pieces.reserve(len(own))
                 pieces.put(work.ask(view, places, own, chosen))
                 written += len(own)
     finally:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 
 from fastscarce.cache import Layout, TeacherTable, compact, gc, verify
 from fastscarce.cache.checksum import seal, unseal
-from fastscarce.cache.journal import journals, read_journal
+from fastscarce.cache.journal import journals, read_journal, rewrite_journal
 from fastscarce.cache.lookup import Lookup
 from fastscarce.cache.manifest import locked
+from fastscarce.cache.pipeline import Piece, Pipeline, shard_rows
 from fastscarce.cache.shard import ShardWriter
 from fastscarce.errors import CacheError, ResultsError
 
@@ -132,9 +134,113 @@ def test_half_a_line_counts_for_nothing(make: Any, tmp_path: Path, samples: Any)
     assert len(read_journal(path)) == whole.count(b"\n") - 1
     assert verify(folder).problems == [f"{path} ends in half a line"]
     assert TeacherTable.open(folder).missing() == 22  # of 150 rows in shards of 64
-    assert make(tmp_path).written == 22
+    assert make(tmp_path).written == 0  # the shard is there, and is whole
+    assert path.read_bytes() == whole
     assert verify(folder).sound
     assert len(TeacherTable.open(folder).rows(samples.ids, 1)) == 150
+
+
+def without_line(folder: Path, number: int) -> Path:
+    """Take a line out of a journal, as if the process had died before it; returns its shard."""
+    path = journals(folder)[0]
+    lines = read_journal(path)
+    lost = lines.pop(number)
+    rewrite_journal(path, lines)
+    return folder / lost.shard
+
+
+def test_a_whole_shard_without_a_line_is_adopted(make: Any, tmp_path: Path, network: Any) -> None:
+    folder = make(tmp_path).folder
+    before = {line.shard: line for line in read_journal(journals(folder)[0])}
+    for number in (5, 0):
+        without_line(folder, number)
+    with locked(folder, "table", shared=True):  # others are writing: one's own are adopted still
+        assert make(tmp_path, network).written == 0
+    assert network.asked == 0
+    assert {line.shard: line for line in read_journal(journals(folder)[0])} == before
+    shard = without_line(folder, 3)
+    assert gc(folder) == [f"adopted {shard}"]
+    assert verify(folder).sound
+    # Of other processes than this one, as soon as nobody writes.
+    (folder / "rank000.journal").rename(folder / "rank007.journal")
+    for path in folder.glob("view-*/*"):
+        path.rename(path.with_name(path.name.replace("rank000", "rank007")))
+    journals(folder)[0].unlink()
+    assert make(tmp_path, network).written == 0
+    assert {line.checksum for line in read_journal(folder / "rank007.journal")} == {
+        line.checksum for line in before.values()
+    }
+
+
+def test_a_shard_without_a_line_that_is_not_whole_is_dropped(
+    make: Any, tmp_path: Path, samples: Any
+) -> None:
+    folder = make(tmp_path).folder
+    expected = TeacherTable.open(folder).records(samples.ids, 0)[0]
+    draw = np.random.default_rng(0)
+    shard = without_line(folder, 0)
+    content = shard.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for bit in [
+        *draw.integers(0, 8 * header, 20),
+        *draw.integers(8 * header, 8 * len(content), 20),
+    ]:
+        shard.write_bytes(content)
+        flip(shard, int(bit))
+        said = gc(folder)
+        # A header may change in ways that change nothing it says: blanks, say.
+        if said == [f"adopted {shard}"]:
+            assert bit < 8 * header
+            got = TeacherTable.open(folder).records(samples.ids, 0)[0]
+            assert torch.equal(got, expected)
+            without_line(folder, len(read_journal(journals(folder)[0])) - 1)
+        else:
+            assert said == [f"removed {shard}"]
+    for changed in (content[:-1], content + b"x", b""):
+        shard.write_bytes(changed)
+        assert gc(folder) == [f"removed {shard}"]
+    # Rows that are there already need no second shard.
+    assert make(tmp_path).written == 64
+    shard.with_name("rank000-00077.safetensors").write_bytes(content)
+    assert len(gc(folder)) == 1
+    assert verify(folder).sound
+
+
+def test_rows_on_their_way_are_no_more_than_a_shard(tmp_path: Path, samples: Any) -> None:
+    """The writer is held up: then the teacher waits."""
+    layout, most = Layout(10, 5), 64
+    rows = samples.sorted()
+    writer = ShardWriter(
+        tmp_path, layout, fingerprint="f", writer="rank000", rows=shard_rows(most, 16)
+    )
+    pieces = Pipeline(layout, rows, writer, most)
+    add, held, asked = writer.add, threading.Event(), 0
+
+    def slowly(*arguments: Any) -> None:
+        held.wait(10)
+        add(*arguments)
+
+    writer.add = slowly  # type: ignore[method-assign]
+
+    def ask() -> None:
+        nonlocal asked
+        for start in range(0, 144, 16):
+            pieces.reserve(16)
+            asked += 16
+            ids = rows.ids[start : start + 16]
+            records = torch.zeros((16, layout.stride), dtype=torch.uint8)
+            pieces.put(Piece(0, np.arange(16), ids, records, {}, None))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join(0.3)
+    assert asked == most
+    held.set()
+    asking.join(10)
+    pieces.close()
+    assert (asked, writer.written) == (144, 144)
+    # Closed early, and not because room was wanted while there were rows to wait for.
+    assert [line.rows for line in read_journal(journals(tmp_path)[0])] == [48, 48, 48]
 
 
 def test_two_writers_of_one_number(make: Any, tmp_path: Path) -> None:
