@@ -56,6 +56,7 @@ BATCH = 256
 _FIXED = ("cache.classes", "cache.codec", "cache.k", "cache.tagged", "data.ids", "data.rows")
 
 Ids = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -286,19 +287,21 @@ class _Work:
     batch_size: int
     views: int
 
-    def units(self) -> Iterator[tuple[int, Ids, Ids]]:
+    def units(self) -> Iterator[tuple[int, Ids, Marks]]:
         """View, places of a unit's rows among the sorted samples, and the view's sentinels.
 
-        The last unit is filled up from the first.
+        The last unit is filled up from the first. Sentinels are marked among all samples.
         """
         rows = len(self.samples.ids)
         for view in range(self.views):
-            chosen = sentinel_ids(self.samples.ids, view=view, seed=self.seed)
+            chosen = np.isin(
+                self.samples.ids, sentinel_ids(self.samples.ids, view=view, seed=self.seed)
+            )
             for start in range(0, rows, self.batch_size):
                 places = np.arange(start, start + self.batch_size, dtype=np.int64) % rows
                 yield view, places, chosen
 
-    def ask(self, view: int, places: Ids, new: Ids, chosen: Ids) -> Piece:
+    def ask(self, view: int, places: Ids, new: Ids, chosen: Marks) -> Piece:
         """One forward pass. ``new``: places in the unit of the rows to keep."""
         samples = self.samples
         ids, device = samples.ids[places], samples.images.device
@@ -318,7 +321,7 @@ class _Work:
             records = pinned.copy_(records, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        held = new[np.isin(ids[new], chosen)]
+        held = new[chosen[places[new]]]
         sentinels: dict[int, str] = {}
         if len(held):
             again = draw(self.policy, ids[held], view=view, seed=self.seed, image_size=samples.size)
