@@ -86,7 +86,7 @@ def of_codec(place: Path, codec: Any) -> dict[str, float]:
     names = tuple(map(str, range(CLASSES)))
     samples = write_samples(folder, ids)
     write_manifest(folder, Manifest(name, content, layout, 1, len(ids), samples, names, {}))
-    writer = ShardWriter(folder, layout, fingerprint=name, writer="rank000")
+    writer = ShardWriter(folder, layout, fingerprint=name, writer="rank000", rows=ROWS)
     start = time.perf_counter()
     for shard in range(SHARDS):
         writer.add(0, ids[shard * ROWS : (shard + 1) * ROWS], records)

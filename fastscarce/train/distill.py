@@ -66,7 +66,7 @@ def distill(run: Run, config: DistillConfig) -> dict[str, Any]:
             score=Guard.of(run, task.pool, task.split).score,
         )
         if config.cache is not None:
-            result["filled_rows"] = teaching.filled
+            result["filled_rows"] = run.total(teaching.filled)
     result = {
         "accuracy": task.accuracy(model, task.split.test),
         "holdout_accuracy": task.accuracy(model, task.split.holdout),
