@@ -146,7 +146,6 @@ def compact(path: str | Path, *, rows_per_shard: int = ROWS) -> tuple[int, int]:
     folder = only_table(Path(path).expanduser())
     manifest = read_manifest(folder)
     with locked(folder, "table"):
-        repair(folder, manifest)
         old = {path: read_journal(path) for path in journals(folder)}
         lines = [line for found in old.values() for line in found]
         writer = ShardWriter(

@@ -158,6 +158,8 @@ def _table(
     expect = expectation(samples, task.pool.policy(config.policy or "eval"), task.pool.seed)
     if config.policy is None:
         del expect["transform"]["policy"]
+    if config.k is not None:
+        expect["cache"] = {"k": min(config.k, task.pool.classes)}
     if live is not None:
         expect["teacher"] = live.content(task.images.channels)
     return TeacherTable.open(

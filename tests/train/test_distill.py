@@ -190,6 +190,7 @@ def test_two_processes_build_and_distill(
         ({"holdout_per_class": 1}, "data.ids"),
         ({"policy": "weak"}, "transform.policy"),
         ({"teacher": "other"}, "teacher.tensors"),
+        ({"k": 4}, "cache.k"),
     ],
 )
 def test_refusals_of_a_table_name_the_key(
