@@ -26,17 +26,6 @@ constexpr int64_t kHeld = 4 * kAhead;  // rows in the stages
 constexpr int64_t kLine = 64;          // bytes of memory that come at once
 constexpr int64_t kFew = 8;            // ids of a bucket that are looked at one after the other
 
-// Rows are a few dozen bytes, which take less than a call of memcpy.
-inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  constexpr int64_t kStep = 16;
-  if (bytes < kStep) {
-    std::memcpy(to, from, size_t(bytes));
-    return;
-  }
-  for (int64_t at = 0; at < bytes - kStep; at += kStep) std::memcpy(to + at, from + at, kStep);
-  std::memcpy(to + bytes - kStep, from + bytes - kStep, kStep);
-}
-
 // Rows of shards that follow one another.
 class Shards {
  public:
@@ -195,7 +184,7 @@ std::tuple<Tensor, int64_t> table_rows(Tensor wanted, Tensor ids, Tensor starts,
         if (place < 0)
           std::memset(to + row * bytes, 0, size_t(bytes));
         else
-          copy(to + row * bytes, from.row(place), bytes);
+          std::memcpy(to + row * bytes, from.row(place), size_t(bytes));
       });
   return {records, missing};
 }
