@@ -110,8 +110,8 @@ def build(
         codec: Of the log-probabilities.
         tagged: Keep a hash of the plan with each row.
         batch_size: Rows of a forward pass. Part of the result.
-        rows_per_shard: What a process that dies loses at most, however it does. A file is closed
-            an eighth before, and the rows on their way to the next one are as many at most.
+        rows_per_shard: What a process that dies loses at most, however it does; at least a batch.
+            A file is closed an eighth before, so that the teacher goes on while it is written.
         rank: This process's number; each needs its own.
         world_size: How many processes share the work.
         allow_mismatch: Keys that a table which is to be continued may differ in.

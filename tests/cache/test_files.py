@@ -243,6 +243,24 @@ def test_rows_on_their_way_are_no_more_than_a_shard(tmp_path: Path, samples: Any
     assert [line.rows for line in read_journal(journals(tmp_path)[0])] == [48, 48, 48]
 
 
+def test_parts_of_batches_do_not_block_the_way(tmp_path: Path, samples: Any) -> None:
+    """After a resume a batch has few new rows: then a file is closed to make room."""
+    layout, rows = Layout(10, 5), samples.sorted()
+    writer = ShardWriter(
+        tmp_path, layout, fingerprint="f", writer="rank000", rows=shard_rows(32, 32)
+    )
+    pieces, start = Pipeline(layout, rows, writer, 32), 0
+    for count in (20, 32, 5, 32, 27):
+        pieces.reserve(count)
+        records = torch.zeros((count, layout.stride), dtype=torch.uint8)
+        ids = rows.ids[start : start + count]
+        pieces.put(Piece(0, np.arange(count), ids, records, {}, None))
+        start += count
+    pieces.close()
+    lines = read_journal(journals(tmp_path)[0])
+    assert [line.rows for line in lines] == [20, 32, 5, 32, 27]
+
+
 def test_two_writers_of_one_number(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path, views=1).folder
     with (
