@@ -1,12 +1,15 @@
 """The teacher's table: bytes, rates, latencies, and what an epoch from it costs.
 
-Run ``python bench/bench_cache.py`` (all parts) or name parts: ``files``, ``build``, ``epoch``.
+Run ``python bench/bench_cache.py`` (all parts, and a record in results/) or name parts: ``files``,
+``build``, ``epoch``.
 
 - files: k = 16 of 1,000 classes in 20 shards of 65,536 rows. Rows a second written with checksum,
   fsync and rename; read and verified; 256 random rows found by id, as bytes and as a `TopK`.
-- build: `fastscarce.cache.build` beside the teacher's own passes over the same views.
+- build: all batches of `fastscarce.cache.build` over the teacher's passes within them. What the
+  writing thread does is added, as if it were done in between; what is done once a table, however
+  large (its fingerprint), is given beside.
 - epoch: steps of a small student on 60,000 images of 28x28 pixels, plain supervised, from the
-  table, and beside the living teacher (a timm ResNet), in turns.
+  table, and beside the living teacher (a timm ResNet), in turns; and the memory that a step takes.
 
 Images are Fashion-MNIST's where it is installed, else noise: a time does not depend on them.
 Rates depend on the disk and on the machine's other work; ratios are of medians of turns.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import statistics
@@ -24,6 +28,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import harness
 import numpy as np
@@ -31,10 +36,11 @@ import timm
 import torch
 from torch import nn
 
-from fastscarce.augment import draw
-from fastscarce.cache import Layout, Samples, Teacher, TeacherTable, build, expectation, pack
+from fastscarce.cache import Layout, Samples, Teacher, TeacherTable, build, pack
+from fastscarce.cache.build import _run
 from fastscarce.cache.fingerprint import digest
 from fastscarce.cache.manifest import Manifest, write_manifest, write_samples
+from fastscarce.cache.pipeline import Pipeline
 from fastscarce.cache.shard import ROWS, ShardWriter
 from fastscarce.config import DataConfig, ModelConfig, RunConfig, StageConfig, StudentConfig
 from fastscarce.train.objectives import SelfTraining, Supervised
@@ -80,7 +86,7 @@ def of_codec(place: Path, codec: Any) -> dict[str, float]:
     names = tuple(map(str, range(CLASSES)))
     samples = write_samples(folder, ids)
     write_manifest(folder, Manifest(name, content, layout, 1, len(ids), samples, names, {}))
-    writer = ShardWriter(folder, layout, fingerprint=name, writer="rank000")
+    writer = ShardWriter(folder, layout, fingerprint=name, writer="rank000", rows=ROWS)
     start = time.perf_counter()
     for shard in range(SHARDS):
         writer.add(0, ids[shard * ROWS : (shard + 1) * ROWS], records)
@@ -104,11 +110,8 @@ def of_codec(place: Path, codec: Any) -> dict[str, float]:
 
 
 def latencies(table: TeacherTable, chosen: Any) -> dict[str, float]:
-    """Seconds of the median batch: gathered where places are known, by id, and decoded."""
-    view = table._view(0)
-    places = [view.find(batch)[0] for batch in chosen]
+    """Seconds of the median batch of ids: found and gathered, and decoded."""
     return {
-        "gathered": median_over(view.take, places),
         "by_id": median_over(lambda batch: table.records(batch, 0), chosen),
         "as_topk": median_over(lambda batch: table.rows(batch, 0), chosen),
     }
@@ -144,36 +147,58 @@ def fashion(rows: int) -> Samples:
     return Samples(images, positions, positions, np.full(rows, -1), names)
 
 
+class Clock:
+    """Seconds spent in functions; one that another calls is not counted twice."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.inside = False
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            if self.inside:
+                return function(*arguments)
+            self.inside, start = True, time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - start
+                self.inside = False
+
+        return run
+
+
 def building(seconds: float) -> dict[str, float]:
-    """`build` beside the teacher's passes over the same views."""
-    samples, teacher = fashion(8192), Teacher.of(network())
-    index = torch.from_numpy(samples.positions)
+    """`build` over the teacher's passes within it."""
+    teacher = Teacher.of(network())
 
-    def passes() -> None:
-        for start in range(0, len(samples.ids), BATCH):
-            ids = samples.ids[start : start + BATCH]
-            plan = draw("standard", ids, view=0, seed=0, image_size=samples.size)
-            teacher.logits(plan, samples.images, index[start : start + BATCH])
-
-    def built() -> None:
-        with tempfile.TemporaryDirectory() as name:
+    def built(batches: int) -> tuple[float, float, float, float]:
+        """Seconds once, of all batches, of the passes, and of the thread that writes."""
+        run, passes, writing = Clock(), Clock(), Clock()
+        samples = fashion(BATCH * batches)
+        with (
+            mock.patch("fastscarce.cache.build._run", run(_run)),
+            mock.patch.object(Teacher, "logits", passes(Teacher.logits)),
+            mock.patch.object(Pipeline, "_write", writing(Pipeline._write)),
+            mock.patch.object(ShardWriter, "flush", writing(ShardWriter.flush)),
+            tempfile.TemporaryDirectory() as name,
+        ):
+            start = time.perf_counter()
             build(teacher, samples, name, policy="standard", views=1, seed=0, batch_size=BATCH)
+            whole = time.perf_counter() - start
+            return whole - run.seconds, run.seconds, passes.seconds, writing.seconds
 
-    passes()
-    built()
-    # The fingerprint is made once a table, whatever it holds.
-    once = median(lambda: (teacher.content(1), expectation(samples, "standard", 0)), 3)
-    own: list[float] = []
-    whole: list[float] = []
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(own) < 3:
-        own.append(median(passes, 1))
-        whole.append(median(built, 1))
-    ratios = sorted((b - once) / a for a, b in zip(own, whole, strict=True))
+    built(4)
+    batches = int(min(60_000 / BATCH, max(4, 4 * seconds / built(4)[2])))
+    once, run, passes, writing = built(batches)
     return {
-        "teacher_images_per_s": len(samples.ids) / statistics.median(own),
-        "ms_of_the_fingerprint": 1e3 * once,
-        "build_x_passes": statistics.median(ratios),
+        "batches": batches,
+        "teacher_images_per_s": BATCH * batches / passes,
+        "ms_a_batch_passes": 1e3 * passes / batches,
+        "ms_a_batch_writing": 1e3 * writing / batches,
+        "ms_once": 1e3 * once,
+        "build_x_passes": (run + writing) / passes,
     }
 
 
@@ -254,6 +279,10 @@ def epochs(seconds: float) -> dict[str, float]:
                     if number >= 5:
                         spent[kind].append(time.perf_counter() - begin)
                 number += 1
+            peaks = {
+                f"peak_mebibytes_{kind}": harness.peak_of(functools.partial(step, 0))
+                for kind, step in kinds.items()
+            }
         run.close()
     middle = {kind: statistics.median(times) for kind, times in spent.items()}
     count = len(samples.ids) / BATCH
@@ -261,6 +290,7 @@ def epochs(seconds: float) -> dict[str, float]:
         **{f"s_per_epoch_{kind}": count * value for kind, value in middle.items()},
         "table_x_supervised": middle["table"] / middle["supervised"],
         "live_x_supervised": middle["live"] / middle["supervised"],
+        **{kind: peak for kind, peak in peaks.items() if peak is not None},
     }
 
 
@@ -272,15 +302,22 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="files, build, epoch; all where none is named")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a part that takes turns")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--out", type=Path, help="JSON file of results, also of a few parts")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
+    record = harness.environment("cpu", arguments.threads)
     print(f"{harness.processor()}, {arguments.threads} threads, torch {torch.__version__}")
     for name in arguments.parts or PARTS:
-        for key, value in PARTS[name](arguments.seconds).items():
+        record[name] = PARTS[name](arguments.seconds)
+        for key, value in record[name].items():
             print(f"{name}: {key} {value:.4g}")
+    if arguments.out or not arguments.parts:
+        harness.write_record(
+            arguments.out or harness.RESULTS / f"cache-{harness.place('cpu')}.json", record
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ inline int32_t type_of(ScalarType dtype) {
       return aoti_torch_dtype_bool();
     case ScalarType::Byte:
       return aoti_torch_dtype_uint8();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
     default:
       return aoti_torch_dtype_float32();
   }

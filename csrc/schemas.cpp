@@ -47,6 +47,18 @@ STABLE_TORCH_LIBRARY(fastscarce, m) {
   // Rows of the teacher's table, uint8; codes: u8 codes for float16 values; tags: int64 (rows,).
   m.def("pack_topk(Tensor logits, int k, bool codes, Tensor? tags) -> Tensor");
   m.def(
+      "unpack_topk(Tensor records, int classes, int k, bool codes, bool tagged) "
+      "-> (Tensor indices, Tensor log_probs, Tensor log_tail)");
+  // Rows of the table by sample id. `starts`: where a bucket of 2**shift ids begins among the
+  // sorted `ids`; `order`: place among all rows of the `shards` of each of these. An id that is not
+  // there has place -1 and a row of zeros.
+  m.def(
+      "table_places(Tensor wanted, Tensor ids, Tensor starts, int shift, Tensor? order) "
+      "-> (Tensor places, int missing)");
+  m.def(
+      "table_rows(Tensor wanted, Tensor ids, Tensor starts, int shift, Tensor? order, "
+      "Tensor[] shards) -> (Tensor records, int missing)");
+  m.def(
       "confidence(Tensor logits, float threshold, float temperature) -> (Tensor label, "
       "Tensor confidence, Tensor margin, Tensor entropy, Tensor mask)");
   m.def(

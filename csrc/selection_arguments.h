@@ -28,6 +28,14 @@ inline void check_pack_arguments(const Tensor& logits, int64_t k,
         "pack_topk", "contiguous int64 tags (rows,) on the logits' device");
 }
 
+inline void check_unpack_arguments(const Tensor& records, int64_t classes, int64_t k,
+                                   int64_t stride) {
+  check(k >= 1 && k <= classes && classes <= INT32_MAX, "unpack_topk", "k in 1 to classes");
+  check(records.dim() == 2 && records.scalar_type() == ScalarType::Byte &&
+            records.is_contiguous() && records.size(1) == stride,
+        "unpack_topk", "contiguous uint8 records (rows, stride) of this layout");
+}
+
 inline void check_confidence_arguments(const Tensor& logits, double temperature) {
   check_logits(logits, "confidence");
   check(temperature > 0, "confidence", "a positive temperature");

@@ -176,7 +176,7 @@ for _name in ("kd_loss", "kd_loss_topk", "dist_loss"):
 torch.library.register_autograd("fastscarce::kd_loss_backward", _no_second_gradient)
 
 
-# ---- topk, pack_topk, confidence
+# ---- topk, pack_topk, unpack_topk, table_rows, confidence
 
 
 @torch.library.register_fake("fastscarce::topk")
@@ -201,6 +201,18 @@ def _pack_topk_fake(logits: Tensor, k: int, codes: bool, tags: Tensor | None) ->
     rest = 2 * codes + 2 * (not dense) + 4 * (tags is not None)
     stride = k * (index_bytes + (1 if codes else 2)) + rest
     return logits.new_empty((rows, stride), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastscarce::unpack_topk")
+def _unpack_topk_fake(
+    records: Tensor, classes: int, k: int, codes: bool, tagged: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = records.shape[0]
+    return (
+        records.new_empty((rows, k), dtype=torch.int32),
+        records.new_empty((rows, k), dtype=torch.float32 if codes else torch.float16),
+        records.new_empty((rows,), dtype=torch.float16),
+    )
 
 
 @torch.library.register_fake("fastscarce::confidence")

@@ -297,7 +297,8 @@ class DistillConfig(DataConfig, RunConfig, TeacherConfig):
             `student.augmentation`.
         views: After how many epochs an image's first view comes again. `null`: as many as the table
             has; without a table never.
-        k: Classes that a teacher without a table is heard of; `null` is 16, or all where fewer.
+        k: Classes that a teacher without a table is heard of; `null` is 16, or all where fewer. Of
+            a table: what its rows have to have; `null` takes what they have.
         preset: `consistent` (the same views for both, KL alone, at least 30 epochs), `deit` (cross
             entropy with labels and with the teacher's first class, half and half) or `dkd` (at
             T = 4), which set the student's `alpha`, `loss`, `temperature` and `steps`.

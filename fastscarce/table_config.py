@@ -48,7 +48,8 @@ class CacheBuildConfig(TableConfig):
         codec: Of the log-probabilities.
         tagged: Keep four bytes with each row by which a student sees that it draws the same view.
         teacher_batch_size: Rows of a forward pass.
-        rows_per_shard: After how many rows a file is closed; a process that dies loses as many.
+        rows_per_shard: Rows that a process which dies loses at most; a file is closed an eighth
+            before.
     """
 
     out: str = "runs/table"

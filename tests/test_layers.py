@@ -34,7 +34,7 @@ PLACES = {
     "torchvision": {"augment", "data", "models"},
     "rich": {"cli", "doctor", "train.progress"},
     "jsonargparse": {"cli", "config"},
-    "numba": {"augment", "data", "cache", "pseudo"},
+    "numba": {"augment", "data", "pseudo"},
     "safetensors": {"cache", "models", "pseudo", "train"},
     "xxhash": {"cache"},
 }

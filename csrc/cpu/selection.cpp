@@ -122,6 +122,28 @@ Tensor pack_topk(Tensor logits, int64_t k, bool codes, std::optional<Tensor> tag
   return records;
 }
 
+std::tuple<Tensor, Tensor, Tensor> unpack_topk(Tensor records, int64_t classes, int64_t k,
+                                               bool codes, bool tagged) {
+  const RecordLayout layout = record_layout(classes, k, codes, tagged);
+  check_unpack_arguments(records, classes, k, layout.stride);
+  const int64_t rows = records.size(0);
+  Tensor indices = empty_of(records, rows, k, ScalarType::Int);
+  Tensor log_probs = empty_of(records, rows, k, codes ? ScalarType::Float : ScalarType::Half);
+  Tensor log_tail = empty_of(records, rows, -1, ScalarType::Half);
+  const uint8_t* const from = static_cast<const uint8_t*>(records.const_data_ptr());
+  int32_t* const index = static_cast<int32_t*>(indices.mutable_data_ptr());
+  void* const values = log_probs.mutable_data_ptr();
+  uint16_t* const tail = static_cast<uint16_t*>(log_tail.mutable_data_ptr());
+  over_rows(rows, k, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* const record = from + row * layout.stride;
+      get_classes(record, layout, 0, 1, index + row * k, values, row * k);
+      tail[row] = get_tail(record, layout);
+    }
+  });
+  return {indices, log_probs, log_tail};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, double threshold,
                                                               double temperature) {
   check_confidence_arguments(logits, temperature);
@@ -155,5 +177,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, CPU, m) {
   m.impl("topk", TORCH_BOX(&fastscarce::cpu::topk));
   m.impl("pack_topk", TORCH_BOX(&fastscarce::cpu::pack_topk));
+  m.impl("unpack_topk", TORCH_BOX(&fastscarce::cpu::unpack_topk));
   m.impl("confidence", TORCH_BOX(&fastscarce::cpu::confidence));
 }

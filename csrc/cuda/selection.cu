@@ -5,7 +5,7 @@
 // more logits equal it than are wanted, more rounds find the last index among them. The k are then
 // collected in any order and sorted in shared memory. Counts are integers and every sum has a fixed
 // order: the result is the same each time. pack_topk is the same kernel with another end: bytes of
-// a teacher's table.
+// a teacher's table; unpack_topk reads them.
 #include <math.h>
 #include <torch/csrc/stable/library.h>
 
@@ -443,6 +443,37 @@ Tensor pack_topk(Tensor logits, int64_t k, bool codes, std::optional<Tensor> tag
   return records;
 }
 
+// A warp a row: bytes of neighbours are read together.
+__global__ void unpack_kernel(const uint8_t* records, RecordLayout layout, int64_t rows,
+                              int32_t* indices, void* log_probs, uint16_t* log_tail) {
+  const int64_t row = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (row >= rows) return;
+  const int32_t lane = int32_t(threadIdx.x % 32);
+  const uint8_t* const record = records + row * layout.stride;
+  const int64_t first = row * layout.k;
+  get_classes(record, layout, lane, 32, indices + first, log_probs, first);
+  if (lane == 0) log_tail[row] = get_tail(record, layout);
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack_topk(Tensor records, int64_t classes, int64_t k,
+                                               bool codes, bool tagged) {
+  const RecordLayout layout = record_layout(classes, k, codes, tagged);
+  check_unpack_arguments(records, classes, k, layout.stride);
+  const DeviceGuard guard(records.get_device());
+  const int64_t rows = records.size(0);
+  Tensor indices = empty_of(records, rows, k, ScalarType::Int);
+  Tensor log_probs = empty_of(records, rows, k, codes ? ScalarType::Float : ScalarType::Half);
+  Tensor log_tail = empty_of(records, rows, -1, ScalarType::Half);
+  if (rows == 0) return {indices, log_probs, log_tail};
+  constexpr int64_t kRows = kThreads / 32;
+  const Grid grid = {dim3(unsigned((rows + kRows - 1) / kRows)), kThreads};
+  launch_kernel("unpack_topk", unpack_kernel, grid, stream_of(records),
+                static_cast<const uint8_t*>(records.const_data_ptr()), layout, rows,
+                static_cast<int32_t*>(indices.mutable_data_ptr()), log_probs.mutable_data_ptr(),
+                static_cast<uint16_t*>(log_tail.mutable_data_ptr()));
+  return {indices, log_probs, log_tail};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, double threshold,
                                                               double temperature) {
   check_confidence_arguments(logits, temperature);
@@ -482,5 +513,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confidence(Tensor logits, dou
 STABLE_TORCH_LIBRARY_IMPL(fastscarce, FASTSCARCE_DEVICE, m) {
   m.impl("topk", TORCH_BOX(&fastscarce::cuda::topk));
   m.impl("pack_topk", TORCH_BOX(&fastscarce::cuda::pack_topk));
+  m.impl("unpack_topk", TORCH_BOX(&fastscarce::cuda::unpack_topk));
   m.impl("confidence", TORCH_BOX(&fastscarce::cuda::confidence));
 }

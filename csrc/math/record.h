@@ -87,6 +87,47 @@ FS_HD inline uint8_t record_code(float log_prob, uint32_t scale) {
   return uint8_t(code < 0.0f ? 0.0f : code > kCodeSteps ? kCodeSteps : code);
 }
 
+FS_HD inline uint32_t get_short(const uint8_t* from) {
+  return uint32_t(from[0]) | uint32_t(from[1]) << 8;
+}
+
+FS_HD inline uint32_t get_word(const uint8_t* from) {
+  return get_short(from) | get_short(from + 2) << 16;
+}
+
+// What a code stands for; 0 is not -0.
+FS_HD inline float code_value(uint8_t code, float scale) {
+  return code == kNoProbability ? -INFINITY : 0.0f - float(code) * scale;
+}
+
+// Places [begin, k) of a row, `step` apart: classes to index[place]; log-probabilities to
+// values[first + place], float32 of codes, else the bits of a float16.
+FS_HD inline void get_classes(const uint8_t* record, const RecordLayout& layout, int32_t begin,
+                              int32_t step, int32_t* index, void* values, int64_t first) {
+  const int32_t k = layout.k;
+  if (layout.index_bytes == 0)
+    for (int32_t i = begin; i < k; i += step) index[i] = i;
+  else if (layout.index_bytes == 2)
+    for (int32_t i = begin; i < k; i += step) index[i] = int32_t(get_short(record + 2 * i));
+  else
+    for (int32_t i = begin; i < k; i += step) index[i] = int32_t(get_word(record + 4 * i));
+  const uint8_t* const from = record + layout.values();
+  if (layout.codes) {
+    float* const to = static_cast<float*>(values) + first;
+    const uint32_t scale = get_short(record + layout.scale);
+    const float unit = scale > 0x7c00u ? NAN : half_value(scale);
+    for (int32_t i = begin; i < k; i += step) to[i] = code_value(from[i], unit);
+  } else {
+    uint16_t* const to = static_cast<uint16_t*>(values) + first;
+    for (int32_t i = begin; i < k; i += step) to[i] = uint16_t(get_short(from + 2 * i));
+  }
+}
+
+// Bits of a float16: -inf in a dense row, which leaves nothing over.
+FS_HD inline uint16_t get_tail(const uint8_t* record, const RecordLayout& layout) {
+  return layout.tail < 0 ? uint16_t(0xfc00u) : uint16_t(get_short(record + layout.tail));
+}
+
 // One class of a row. place: among the k by falling log-probability.
 FS_HD inline void put_class(uint8_t* record, const RecordLayout& layout, int32_t place,
                             int32_t index, float log_prob, uint32_t scale) {

@@ -28,7 +28,7 @@ from fastscarce.cache.fingerprint import (
     not_allowed,
 )
 from fastscarce.cache.journal import journals, read_journal
-from fastscarce.cache.maintain import repair
+from fastscarce.cache.maintain import adopt_own, repair
 from fastscarce.cache.manifest import (
     Manifest,
     find_tables,
@@ -37,7 +37,7 @@ from fastscarce.cache.manifest import (
     write_manifest,
     write_samples,
 )
-from fastscarce.cache.pipeline import Piece, Pipeline
+from fastscarce.cache.pipeline import Piece, Pipeline, shard_rows
 from fastscarce.cache.quality import quality_of
 from fastscarce.cache.record import Layout, pack
 from fastscarce.cache.samples import Samples, expectation
@@ -56,6 +56,7 @@ BATCH = 256
 _FIXED = ("cache.classes", "cache.codec", "cache.k", "cache.tagged", "data.ids", "data.rows")
 
 Ids = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def build(
         codec: Of the log-probabilities.
         tagged: Keep a hash of the plan with each row.
         batch_size: Rows of a forward pass. Part of the result.
-        rows_per_shard: After how many rows a file is closed. A process that dies loses at most as
-            many, and those on their way to the file.
+        rows_per_shard: What a process that dies loses at most, however it does; at least a batch.
+            A file is closed an eighth before, so that the teacher goes on while it is written.
         rank: This process's number; each needs its own.
         world_size: How many processes share the work.
         allow_mismatch: Keys that a table which is to be continued may differ in.
@@ -148,16 +149,19 @@ def build(
             _repair_if_alone(folder, manifest, say)
             held.enter_context(locked(folder, "table", shared=True))
             held.enter_context(locked(folder, f"rank{rank:03d}"))
+            adopt_own(folder, manifest, f"rank{rank:03d}")
             done = _done(folder, manifest)
             work = _Work(asked, part, chosen, seed, layout, batch_size, views)
+            rows = max(rows_per_shard, batch_size)
             writer = ShardWriter(
                 folder,
                 layout,
                 fingerprint=manifest.fingerprint,
                 writer=f"rank{rank:03d}",
-                rows=max(rows_per_shard, batch_size),
+                rows=shard_rows(rows, batch_size),
             )
-            written = _run(work, writer, done, rank, world_size)
+            pieces = Pipeline(layout, part, writer, rows)
+            written = _run(work, pieces, done, rank, world_size)
             missing = _finish(folder)
     except OSError as error:
         raise CacheError(
@@ -253,7 +257,7 @@ def _versions() -> dict[str, str]:
 
 
 def _repair_if_alone(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
-    """Drop what an earlier process left half, unless others are writing now."""
+    """Adopt what earlier processes left whole and drop the rest, unless others are writing now."""
     try:
         with locked(folder, "table"):
             dropped = repair(folder, manifest)
@@ -283,19 +287,21 @@ class _Work:
     batch_size: int
     views: int
 
-    def units(self) -> Iterator[tuple[int, Ids, Ids]]:
+    def units(self) -> Iterator[tuple[int, Ids, Marks]]:
         """View, places of a unit's rows among the sorted samples, and the view's sentinels.
 
-        The last unit is filled up from the first.
+        The last unit is filled up from the first. Sentinels are marked among all samples.
         """
         rows = len(self.samples.ids)
         for view in range(self.views):
-            chosen = sentinel_ids(self.samples.ids, view=view, seed=self.seed)
+            chosen = np.isin(
+                self.samples.ids, sentinel_ids(self.samples.ids, view=view, seed=self.seed)
+            )
             for start in range(0, rows, self.batch_size):
                 places = np.arange(start, start + self.batch_size, dtype=np.int64) % rows
                 yield view, places, chosen
 
-    def ask(self, view: int, places: Ids, new: Ids, chosen: Ids) -> Piece:
+    def ask(self, view: int, places: Ids, new: Ids, chosen: Marks) -> Piece:
         """One forward pass. ``new``: places in the unit of the rows to keep."""
         samples = self.samples
         ids, device = samples.ids[places], samples.images.device
@@ -315,7 +321,7 @@ class _Work:
             records = pinned.copy_(records, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        held = new[np.isin(ids[new], chosen)]
+        held = new[chosen[places[new]]]
         sentinels: dict[int, str] = {}
         if len(held):
             again = draw(self.policy, ids[held], view=view, seed=self.seed, image_size=samples.size)
@@ -324,10 +330,9 @@ class _Work:
         return Piece(view, new, ids, records, sentinels, ready)
 
 
-def _run(work: _Work, writer: ShardWriter, done: dict[int, Ids], rank: int, world_size: int) -> int:
+def _run(work: _Work, pieces: Pipeline, done: dict[int, Ids], rank: int, world_size: int) -> int:
     """This process's units, the writing in a thread of its own; returns the rows written."""
     written = 0
-    pieces = Pipeline(work.layout, work.samples, writer)
     try:
         for number, (view, places, chosen) in enumerate(work.units()):
             if number % world_size != rank:
@@ -338,6 +343,7 @@ def _run(work: _Work, writer: ShardWriter, done: dict[int, Ids], rank: int, worl
             if known is not None:
                 own = own[~np.isin(work.samples.ids[places[own]], known)]
             if len(own):
+                pieces.reserve(len(own))
                 pieces.put(work.ask(view, places, own, chosen))
                 written += len(own)
     finally:

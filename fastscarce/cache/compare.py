@@ -87,10 +87,10 @@ def diff(first: str | Path, second: str | Path) -> Difference:
         for view in range(min(one.views, two.views)):
             for start in range(0, len(ids), _PIECE):
                 here = ids[start : start + _PIECE]
-                a, in_one = one.records(here, view)
-                b, in_two = two.records(here, view)
-                both = torch.from_numpy(in_one & in_two)
-                a, b = a[both], b[both]
+                a, not_in_one = one.records(here, view)
+                b, not_in_two = two.records(here, view)
+                both = np.delete(np.arange(len(here)), np.union1d(not_in_one, not_in_two))
+                a, b = a[torch.from_numpy(both)], b[torch.from_numpy(both)]
                 shared += len(a)
                 if one.layout == two.layout:
                     equal += int((a == b).all(1).sum())
@@ -141,13 +141,14 @@ def export_parquet(path: str | Path, out: str | Path) -> int:
             for view in range(table.views):
                 for start in range(0, len(table.ids), _PIECE):
                     ids = table.ids[start : start + _PIECE]
-                    records, found = table.records(ids, view)
-                    rows = decode(records[torch.from_numpy(found)], table.layout)
+                    records, lacking = table.records(ids, view)
+                    there = np.delete(np.arange(len(ids)), lacking)
+                    rows = decode(records[torch.from_numpy(there)], table.layout)
                     count, k = rows.indices.shape
                     ends = pa.array(np.arange(count + 1, dtype=np.int32) * k)
                     lists = (rows.indices.numpy(), rows.log_probs.float().numpy())
                     columns = [
-                        pa.array(ids[found]),
+                        pa.array(ids[there]),
                         pa.array(np.full(count, view, dtype=np.int32)),
                         *(pa.ListArray.from_arrays(ends, pa.array(x.reshape(-1))) for x in lists),
                         pa.array(rows.log_tail.float().numpy()),

@@ -1,7 +1,8 @@
 """What has been written for good: a file a writer, a line a shard, each with its own checksum.
 
-A line is appended after its shard has its final name, so a line's shard is there. What follows the
-last newline was being written when its process died, and counts for nothing.
+A line is appended after its shard has its final name, so a line's shard is there; where a process
+died in between, the next one appends it. What follows the last newline was being written when its
+process died, and counts for nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Places of ids in a sorted list: a table of buckets, then a search among the few ids of one."""
+"""Rows by sample id: a table of buckets, then a search among the few ids of one."""
 
 from __future__ import annotations
 
@@ -6,32 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+import torch
+from torch import Tensor
+
+from fastscarce import _ops  # noqa: F401  loads the kernel
 
 __all__ = ["Lookup"]
 
 Ids = npt.NDArray[np.int64]
-_NOT_THERE = np.int64(-1)
 
-
-@njit(cache=True)
-def _find(wanted, ids, starts, first, shift, places):  # type: ignore[no-untyped-def]
-    buckets = np.uint64(starts.shape[0] - 1)
-    for row in range(wanted.shape[0]):
-        number = wanted[row]
-        places[row] = _NOT_THERE
-        bucket = (np.uint64(number) - np.uint64(first)) >> shift
-        if bucket >= buckets:
-            continue
-        low, high = starts[bucket], starts[bucket + np.uint64(1)]
-        while low < high:
-            middle = (low + high) // 2
-            if ids[middle] < number:
-                low = middle + 1
-            else:
-                high = middle
-        if low < ids.shape[0] and ids[low] == number:
-            places[row] = low
+_table_places = torch.ops.fastscarce.table_places.default
+_table_rows = torch.ops.fastscarce.table_rows.default
 
 
 @dataclass(frozen=True)
@@ -42,25 +27,50 @@ class Lookup:
     a gap have a bucket each.
     """
 
-    ids: Ids
-    starts: Ids
+    ids: Tensor
+    starts: Tensor
     shift: int
 
     @classmethod
     def of(cls, ids: Ids) -> Lookup:
         """Make the table of buckets, at most four a row."""
         if len(ids) == 0:
-            return cls(ids, np.zeros(1, dtype=np.int64), 0)
+            return cls(torch.from_numpy(ids), torch.zeros(1, dtype=torch.int32), 0)
         span = int(ids[-1]) - int(ids[0])
         shift = max(0, span.bit_length() - (2 * len(ids)).bit_length())
         number = (ids - ids[0]).view(np.uint64) >> np.uint64(shift)
-        counts = np.bincount(number.astype(np.int64), minlength=(span >> shift) + 1)
-        return cls(ids, np.concatenate([[0], np.cumsum(counts)]), shift)
+        starts = np.zeros((span >> shift) + 2, dtype=np.int32)
+        np.cumsum(np.bincount(number.astype(np.int64), minlength=len(starts) - 1), out=starts[1:])
+        return cls(torch.from_numpy(ids), torch.from_numpy(starts), shift)
 
-    def __call__(self, wanted: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """Place of each id, 0 for one that is not there, and whether it is."""
-        places = np.empty(len(wanted), dtype=np.int64)
-        first = self.ids[0] if len(self.ids) else np.int64(0)
-        _find(wanted, self.ids, self.starts, first, np.uint64(self.shift), places)
-        found = places >= 0
-        return np.maximum(places, 0), found
+    def places(self, wanted: Tensor, order: Tensor | None = None) -> tuple[Tensor, int]:
+        """Where rows are.
+
+        Args:
+            wanted: Sample ids, int64 ``(rows,)``.
+            order: Place of the row of each of the sorted ids, int64 ``(ids,)``. None: they are in
+                the ids' order.
+
+        Returns:
+            int64 ``(rows,)``, -1 of an id that is not there, and how many are not.
+        """
+        found: tuple[Tensor, int] = _table_places(wanted, self.ids, self.starts, self.shift, order)
+        return found
+
+    def rows(
+        self, wanted: Tensor, shards: list[Tensor], order: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """Rows in host memory, found and gathered in one pass.
+
+        Args:
+            wanted: As of `places`.
+            shards: Uint8 ``(rows, stride)`` each, one or more, one after the other.
+            order: As of `places`, among the rows of all shards.
+
+        Returns:
+            uint8 ``(rows, stride)``, zeros for an id that is not there, and how many are not.
+        """
+        found: tuple[Tensor, int] = _table_rows(
+            wanted, self.ids, self.starts, self.shift, order, shards
+        )
+        return found

@@ -1,30 +1,40 @@
-"""Keeping a table in order: dropping what is half or damaged, and joining small shards."""
+"""Keeping a table in order: what a dead process left, what is damaged, and many small shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from fastscarce.cache.journal import Line, journals, read_journal, rewrite_journal
+from fastscarce.cache.journal import Journal, Line, journals, read_journal, rewrite_journal
 from fastscarce.cache.manifest import Manifest, locked, only_table, read_manifest
-from fastscarce.cache.shard import ROWS, Shard, ShardWriter, read_shard, view_folder
+from fastscarce.cache.shard import (
+    ROWS,
+    NewerError,
+    Shard,
+    ShardWriter,
+    read_shard,
+    recover,
+    view_folder,
+)
 from fastscarce.errors import CacheError
 
-__all__ = ["compact", "gc", "repair"]
+__all__ = ["adopt_own", "compact", "gc", "repair"]
 
 _JOINED = "compact"
 
 
 def repair(folder: Path, manifest: Manifest) -> list[str]:
-    """Drop what counts for nothing: half shards, shards of no journal, damaged shards and lines.
+    """Adopt whole shards without a line, and drop half shards, damaged shards and damaged lines.
 
     The rows of a damaged shard are missing afterwards, and `build` makes them again. The caller
     holds the table's lock, under which nobody writes shards; manifests may be written.
 
     Returns:
-        A sentence for each thing that was dropped.
+        A sentence for each thing that was adopted or dropped.
+
+    Raises:
+        CacheError: A shard is of a newer version.
     """
     said: list[str] = []
     named = set()
@@ -35,6 +45,8 @@ def repair(folder: Path, manifest: Manifest) -> list[str]:
         for line in lines:
             try:
                 read_shard(folder, line, manifest.layout, manifest.fingerprint, mapped=True)
+            except NewerError:
+                raise
             except CacheError as error:
                 damage.append(str(error).split(";")[0])
                 continue
@@ -43,21 +55,69 @@ def repair(folder: Path, manifest: Manifest) -> list[str]:
         if damage:
             rewrite_journal(path, sound)
             said += [f"dropped: {text}" for text in damage]
-    said += [f"removed {path}" for path in _strangers(folder, named)]
+    for path in _halves(folder):
+        path.unlink()
+        said.append(f"removed {path}")
+    for path in _strangers(folder, named):
+        if adopt(folder, manifest, path):
+            said.append(f"adopted {path}")
+        else:
+            path.unlink()
+            said.append(f"removed {path}")
     return said
 
 
+def adopt_own(folder: Path, manifest: Manifest, writer: str) -> None:
+    """Adopt the whole shards that an earlier process of this number left without a line.
+
+    Others may be writing; the caller holds this writer's lock.
+    """
+    path = folder / f"{writer}.journal"
+    named = {folder / line.shard for line in read_journal(path)} if path.exists() else set()
+    for stranger in _strangers(folder, named, writer):
+        adopt(folder, manifest, stranger)
+
+
+def adopt(folder: Path, manifest: Manifest, path: Path) -> bool:
+    """Write the line of a whole shard that has none, unless all of its rows are there without it.
+
+    Returns:
+        Whether it has a line now.
+
+    Raises:
+        CacheError: The shard is of a newer version.
+    """
+    try:
+        line, ids = recover(path, manifest.layout, manifest.fingerprint)
+    except NewerError:
+        raise
+    except CacheError:
+        return False
+    held = [
+        read_shard(folder, other, manifest.layout, manifest.fingerprint, mapped=True).ids
+        for journal in journals(folder)
+        for other in read_journal(journal)
+        if other.view == line.view
+        and other.first_id <= line.last_id
+        and other.last_id >= line.first_id
+    ]
+    if held and bool(np.isin(ids, np.concatenate(held)).all()):
+        return False  # of a process that joined shards and died before it removed the old ones
+    Journal(folder, path.stem.rsplit("-", 1)[0]).append(line)
+    return True
+
+
 def gc(path: str | Path) -> list[str]:
-    """Drop what counts for nothing from a table, see `repair`.
+    """Adopt what a dead process left whole and drop what counts for nothing, see `repair`.
 
     Args:
         path: Of the table.
 
     Returns:
-        A sentence for each thing that was dropped.
+        A sentence for each thing that was adopted or dropped.
 
     Raises:
-        CacheError: There is no table, or it is being written.
+        CacheError: There is no table, it is being written, or a part of it is of a newer version.
     """
     folder = only_table(Path(path).expanduser())
     manifest = read_manifest(folder)
@@ -86,7 +146,6 @@ def compact(path: str | Path, *, rows_per_shard: int = ROWS) -> tuple[int, int]:
     folder = only_table(Path(path).expanduser())
     manifest = read_manifest(folder)
     with locked(folder, "table"):
-        repair(folder, manifest)
         old = {path: read_journal(path) for path in journals(folder)}
         lines = [line for found in old.values() for line in found]
         writer = ShardWriter(
@@ -133,16 +192,21 @@ def _join(folder: Path, manifest: Manifest, writer: ShardWriter, lines: list[Lin
     writer.flush()
 
 
-def _strangers(folder: Path, named: set[Path]) -> Iterator[Path]:
-    """Remove files that no journal names, and give their paths."""
-    places = [folder, *(path for path in folder.glob(f"{view_folder(0)[:5]}*") if path.is_dir())]
-    for place in places:
-        for path in sorted(place.iterdir()):
-            if place == folder:
-                stale = path.match(".*.journal.*.tmp")
-            else:
-                lost = path.suffix == ".safetensors" and path not in named
-                stale = lost or path.match(".*.tmp")
-            if stale:
-                path.unlink()
-                yield path
+def _view_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{view_folder(0)[:5]}*") if path.is_dir())
+
+
+def _halves(folder: Path) -> list[Path]:
+    """Files that were being written."""
+    shards = [path for place in _view_folders(folder) for path in sorted(place.glob(".*.tmp"))]
+    return [*sorted(folder.glob(".*.journal.*.tmp")), *shards]
+
+
+def _strangers(folder: Path, named: set[Path], writer: str = "*") -> list[Path]:
+    """Shards of a writer, or of all, that no journal names."""
+    return [
+        path
+        for place in _view_folders(folder)
+        for path in sorted(place.glob(f"{writer}-*.safetensors"))
+        if path not in named
+    ]

@@ -18,12 +18,17 @@ from fastscarce.cache.samples import Samples
 from fastscarce.cache.shard import ShardWriter
 from fastscarce.errors import TrainingError
 
-__all__ = ["WAITING", "Piece", "Pipeline"]
+__all__ = ["Piece", "Pipeline", "shard_rows"]
 
-WAITING = 4
-"""Batches that may wait to be written: as many more than a shard are lost at most."""
+# A shard is closed this part of it early, so that the teacher goes on while it is written.
+_PART = 8
 
 Ids = npt.NDArray[np.int64]
+
+
+def shard_rows(rows: int, batch_size: int) -> int:
+    """After how many rows a shard is closed where ``rows`` may be on their way."""
+    return max(batch_size, rows - rows // _PART)
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,47 @@ class Piece:
 
 
 class Pipeline:
-    """A queue to the thread that writes; an error there is raised at the next call here."""
+    """A queue to the thread that writes; an error there is raised at the next call here.
 
-    def __init__(self, layout: Layout, samples: Samples, writer: ShardWriter) -> None:
+    Rows that the teacher is asked about, that wait, are collected or are being written are
+    together never more than ``rows``: as many are lost where the process dies.
+
+    Args:
+        layout: Of the rows.
+        samples: That they are of, lowest id first.
+        writer: Of the shards.
+        rows: That may be on their way. At least a batch.
+    """
+
+    def __init__(self, layout: Layout, samples: Samples, writer: ShardWriter, rows: int) -> None:
         self._layout = layout
-        self._samples = samples  # lowest id first
+        self._samples = samples
         self._writer = writer
         self._hashes: dict[tuple[int, int], str] = {}  # of sentinels, until their shard is written
         writer.summarise = self._summary
-        self._queue: queue.Queue[Piece | None] = queue.Queue(WAITING)
+        self._most = rows
+        self._asked = 0
+        self._change = threading.Condition()
+        # Pieces, numbers of rows that there has to be room for, and None at the end.
+        self._queue: queue.SimpleQueue[Piece | int | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="table-writer", daemon=True)
         self._thread.start()
 
-    def put(self, piece: Piece) -> None:
-        """Hand over a batch; waits while the queue is full, raises what the writing ended in."""
+    def reserve(self, rows: int) -> None:
+        """Wait until the teacher may be asked about so many more rows.
+
+        Raises what the writing ended in.
+        """
+        with self._change:
+            if not self._fits(rows):
+                self._queue.put(rows)
+                self._change.wait_for(lambda: self._error is not None or self._fits(rows))
         self._raise()
+        self._asked += rows
+
+    def put(self, piece: Piece) -> None:
+        """Hand over rows that were reserved."""
         self._queue.put(piece)
 
     def close(self) -> None:
@@ -63,23 +93,28 @@ class Pipeline:
         self._thread.join()
         self._raise()
 
+    def _fits(self, rows: int) -> bool:
+        return self._asked + rows - self._writer.written <= self._most
+
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
-        while (piece := self._queue.get()) is not None:
+        piece: Piece | int | None = 0
+        while piece is not None:
+            piece = self._queue.get()
             if self._error is not None:
                 continue  # what comes after an error is let go, so that nobody waits
             try:
-                self._write(piece)
+                if isinstance(piece, Piece):
+                    self._write(piece)
+                elif piece is None or not self._fits(piece):
+                    self._writer.flush()
             except BaseException as error:
                 self._error = error
-        try:
-            if self._error is None:
-                self._writer.flush()
-        except BaseException as error:
-            self._error = error
+            with self._change:
+                self._change.notify()
 
     def _write(self, piece: Piece) -> None:
         if piece.ready is not None:

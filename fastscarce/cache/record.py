@@ -23,12 +23,13 @@ as has NaN log-probabilities again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastscarce.ops import TopK, pack_topk
+from fastscarce.ops import TopK, pack_topk, unpack_topk
 
 __all__ = ["CODECS", "Layout", "decode", "encode", "pack", "tags_of"]
 
@@ -96,7 +97,7 @@ class Layout:
             at += size
         return found
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Bytes of a row."""
         return sum(size for _, size in self.parts.values())
@@ -180,25 +181,8 @@ def decode(records: Tensor, layout: Layout) -> TopK:
             f"decode needs uint8 records of shape (rows, {layout.stride}), got {records.dtype} "
             f"{tuple(records.shape)}."
         )
-    rows = records.shape[0]
-    if layout.dense:
-        numbers = torch.arange(layout.classes, dtype=torch.int32, device=records.device)
-        indices = numbers.expand(rows, -1).contiguous()
-        log_tail = torch.full((rows,), -torch.inf, dtype=torch.float16, device=records.device)
-    else:
-        kind = torch.int32 if layout.index_bytes == 4 else torch.int16
-        indices = _numbers(records, layout, "indices", kind)
-        if layout.index_bytes == 2:
-            indices = indices.to(torch.int32) & 0xFFFF
-        log_tail = _numbers(records, layout, "tail", torch.float16)[:, 0]
-    if layout.codec == "float16":
-        values = _numbers(records, layout, "values", torch.float16)
-    else:
-        codes = _numbers(records, layout, "values", torch.uint8)
-        scale = _numbers(records, layout, "scale", torch.float16).float()
-        # Less a product and not a product of a negative: a code of 0 is 0, not -0.
-        values = torch.where(codes == _NOTHING, -torch.inf, 0.0 - codes.float() * scale)
-    return TopK(indices, values, log_tail)
+    codes = layout.codec == "uint8"
+    return unpack_topk(records, layout.classes, layout.k, codes=codes, tagged=layout.tagged)
 
 
 def tags_of(records: Tensor, layout: Layout) -> Tensor | None:

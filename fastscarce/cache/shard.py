@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastscarce.cache.checksum import checksum
+from fastscarce.cache.checksum import checksum, seal, unseal
 from fastscarce.cache.journal import Journal, Line
 from fastscarce.cache.record import Layout
 from fastscarce.errors import CacheError
 from fastscarce.files import flush, write_whole
 
-__all__ = ["ShardWriter", "read_shard", "rows_held", "view_folder"]
+__all__ = ["NewerError", "ShardWriter", "read_shard", "recover", "rows_held", "view_folder"]
 
 VERSION = 1
 """Of the files' layout: a reader refuses a newer one."""
@@ -35,6 +35,10 @@ Ids = npt.NDArray[np.int64]
 Summary = Callable[[int, Ids, npt.NDArray[np.uint8]], tuple[dict[str, float], list[list[Any]]]]
 
 
+class NewerError(CacheError):
+    """A file of a newer version, which is not damaged: it is never dropped."""
+
+
 def view_folder(view: int) -> str:
     """Name of the folder of a view's shards."""
     return f"view-{view:05d}"
@@ -43,8 +47,9 @@ def view_folder(view: int) -> str:
 class ShardWriter:
     """Collects rows and writes a shard when one is full.
 
-    A process that dies loses the rows since the last line of its journal: a shard is written beside
-    its place, flushed to the disk and renamed, the folder flushed, and then its line is appended.
+    A process that dies loses the rows since the last whole shard: one is written beside its place,
+    flushed to the disk and renamed, the folder flushed, and then its line is appended to the
+    journal. A shard says of itself what its line says, so that `recover` can make up for the line.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class ShardWriter:
         self._sums: dict[str, float] = {}
         self._sentinels: list[list[Any]] = []
         self._numbers: dict[int, int] = {}
+        self.written = 0
+        """Rows in shards that are there for good."""
         self.summarise: Summary | None = None
         """Gives a shard's sums and sentinels from its view, ids and records; before it is written,
         so that what it refuses is not."""
@@ -126,6 +133,14 @@ class ShardWriter:
         ids, records = self._ids[:count], self._records[:count]
         if self.summarise is not None:
             self._sums, self._sentinels = self.summarise(self._view, ids, records)
+        said: dict[str, Any] = {
+            "view": self._view,
+            "rows": count,
+            "first_id": int(ids.min()),
+            "last_id": int(ids.max()),
+            "sums": self._sums,
+            "sentinels": self._sentinels,
+        }
         content = safetensors.numpy.save(
             {"record": records, "sample_id": ids},
             metadata={
@@ -137,6 +152,7 @@ class ShardWriter:
                 "k": str(layout.k),
                 "codec": layout.codec,
                 "tagged": str(layout.tagged).lower(),
+                "line": seal({**said, "payload": _payload(records, ids)}),
             },
         )
         name = self._next_name()
@@ -145,19 +161,8 @@ class ShardWriter:
             place.mkdir(exist_ok=True)
             flush(self._folder)
         write_whole(self._folder / name, lambda place: place.write_bytes(content))
-        self._journal.append(
-            Line(
-                shard=name,
-                view=self._view,
-                rows=count,
-                size=len(content),
-                first_id=int(ids.min()),
-                last_id=int(ids.max()),
-                checksum=checksum(content),
-                sums=self._sums,
-                sentinels=self._sentinels,
-            )
-        )
+        self._journal.append(Line(name, size=len(content), checksum=checksum(content), **said))
+        self.written += count
         self._filled, self._sums, self._sentinels = 0, {}, []
 
     def _next_name(self) -> str:
@@ -221,6 +226,37 @@ def read_shard(
     return Shard(records, ids)
 
 
+def recover(path: Path, layout: Layout, fingerprint: str) -> tuple[Line, Ids]:
+    """The line of a shard whose process died before it wrote one, and the shard's ids.
+
+    Args:
+        path: Of the shard.
+        layout: Of the table.
+        fingerprint: Of the table.
+
+    Raises:
+        CacheError: The shard is not whole, of another table or of a newer version.
+    """
+    try:
+        content = path.read_bytes()
+        with safe_open(path, framework="np") as file:
+            facts = file.metadata() or {}
+        said = unseal(facts["line"])
+        tensors = safetensors.numpy.load(content)
+        records, ids = tensors["record"], tensors["sample_id"]
+        payload = said.pop("payload")
+        line = Line(
+            f"{path.parent.name}/{path.name}", size=len(content), checksum=checksum(content), **said
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{path} is no whole shard ({error}).") from error
+    _check_facts(path, facts, line, layout, fingerprint)
+    whole = payload == _payload(records, ids) and records.shape == (line.rows, layout.stride)
+    if not whole or path.parent.name != view_folder(line.view):
+        raise CacheError(f"{path} is no whole shard (its checksum does not match).")
+    return line, ids
+
+
 def rows_held(folder: Path, lines: Sequence[Line]) -> int:
     """How many different samples some shards of one view have; shards are not checked.
 
@@ -242,6 +278,11 @@ def rows_held(folder: Path, lines: Sequence[Line]) -> int:
     return len(np.unique(np.concatenate(ids)))
 
 
+def _payload(records: npt.NDArray[np.uint8], ids: Ids) -> str:
+    """Checksum of a shard's numbers alone, which the shard itself can carry."""
+    return checksum((checksum(records) + checksum(ids)).encode())
+
+
 def _checksum_of(path: Path) -> str:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return checksum(content)
@@ -252,7 +293,7 @@ def _check_facts(
 ) -> None:
     version = int(facts.get("version", "0"))
     if version > VERSION:
-        raise CacheError(
+        raise NewerError(
             f"{path} was written by a newer fastscarce (layout {version}, this one reads up to "
             f"{VERSION}); update fastscarce."
         )

@@ -32,6 +32,9 @@ _LEAST_VIEWS = 3
 
 Ids = npt.NDArray[np.int64]
 
+_NONE: Ids = np.zeros(0, dtype=np.int64)
+_NONE.flags.writeable = False
+
 
 class TeacherTable:
     """What a teacher says of each (sample, view); made by `open`.
@@ -139,7 +142,7 @@ class TeacherTable:
         """
         self._view(view)
 
-    def rows(self, sample_ids: npt.ArrayLike | Tensor, view: npt.ArrayLike) -> TopK:
+    def rows(self, sample_ids: npt.ArrayLike | Tensor, view: int | npt.ArrayLike) -> TopK:
         """What the teacher says of samples.
 
         Args:
@@ -153,43 +156,53 @@ class TeacherTable:
             CacheError: Rows are missing; says how many. Or a shard is missing or damaged.
             ValueError: There is no such view, or not one a row.
         """
-        records, found = self.records(sample_ids, view)
-        if not found.all():
-            lacking = int((~found).sum())
+        records, lacking = self.records(sample_ids, view)
+        if len(lacking):
             raise CacheError(
-                f"{self.folder} lacks {lacking} of the {len(found)} rows asked for; run the same "
-                "`fastscarce cache build` again to fill it, or give the teacher, which says what "
-                "is missing."
+                f"{self.folder} lacks {len(lacking)} of the {len(records)} rows asked for; run the "
+                "same `fastscarce cache build` again to fill it, or give the teacher, which says "
+                "what is missing."
             )
         return decode(records, self.layout)
 
     def records(
-        self, sample_ids: npt.ArrayLike | Tensor, view: npt.ArrayLike
-    ) -> tuple[Tensor, npt.NDArray[np.bool_]]:
-        """Rows as bytes, uint8 ``(rows, stride)`` on the device, and which of them are there.
+        self, sample_ids: npt.ArrayLike | Tensor, view: int | npt.ArrayLike
+    ) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """Rows as bytes, and which of those asked for are not there.
 
-        Rows that are not hold anything. Arguments and errors as of `rows`.
+        Arguments and errors as of `rows`.
+
+        Returns:
+            uint8 ``(rows, stride)`` on the device, and places among them, int64, of rows that are
+            not there, which hold anything.
         """
-        numbers = sample_ids.cpu().numpy() if isinstance(sample_ids, Tensor) else sample_ids
-        ids = np.ascontiguousarray(numbers, dtype=np.int64)
+        if isinstance(sample_ids, Tensor):
+            ids = sample_ids.to("cpu", torch.int64).contiguous()
+        else:
+            content = np.ascontiguousarray(sample_ids, dtype=np.int64)
+            # PyTorch warns of memory that can't be written, which nobody does here.
+            ids = torch.from_numpy(content if content.flags.writeable else content.copy())
+        if isinstance(view, int) and ids.dim() == 1:
+            return self._of_view(ids, view)
         wanted = np.asarray(view, dtype=np.int64)
-        if ids.ndim != 1 or wanted.shape not in ((), ids.shape):
+        if ids.dim() != 1 or wanted.shape not in ((), (len(ids),)):
             raise ValueError(
-                f"rows needs sample_ids (rows,) and one view or one a row, got {ids.shape} and "
-                f"{wanted.shape}."
+                "rows needs sample_ids (rows,) and one view or one a row, got "
+                f"{tuple(ids.shape)} and {wanted.shape}."
             )
-        one = int(wanted.flat[0]) if wanted.size else 0
-        if wanted.ndim == 0 or bool((wanted == one).all()):
-            return self._of_view(ids, one)
+        numbers = np.unique(wanted).tolist() or [0]
+        if len(numbers) == 1:
+            return self._of_view(ids, numbers[0])
         shape = (len(ids), self.layout.stride)
-        out = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        found = np.zeros(len(ids), dtype=np.bool_)
-        for number in np.unique(wanted).tolist():
+        records = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        lacking = []
+        for number in numbers:
             here = np.flatnonzero(wanted == number)
-            part, known = self._of_view(ids[here], number)
-            out[torch.from_numpy(here).to(self._device)] = part
-            found[here] = known
-        return out, found
+            index = torch.from_numpy(here)
+            part, without = self._of_view(ids[index], number)
+            records[index.to(self._device)] = part
+            lacking.append(here[without])
+        return records, np.sort(np.concatenate(lacking))
 
     def tags(self, records: Tensor) -> Tensor | None:
         """The tags of rows that `records` gave, where the table has them."""
@@ -207,13 +220,10 @@ class TeacherTable:
     def __exit__(self, *unused: object) -> None:
         self.close()
 
-    def _of_view(self, ids: Ids, number: int) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+    def _of_view(self, ids: Tensor, number: int) -> tuple[Tensor, Ids]:
         view = self._view(number)
-        places, found = view.find(ids)
-        if len(view.ids) == 0:
-            shape = (len(ids), self.layout.stride)
-            return torch.zeros(shape, dtype=torch.uint8, device=self._device), found
-        return view.take(places), found
+        records, missing = view.rows(ids)
+        return records, view.lacking(ids) if missing else _NONE
 
     def _view(self, number: int) -> View:
         view = self._views.get(number)

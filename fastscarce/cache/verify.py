@@ -150,8 +150,8 @@ def _deep(
         for view in range(min(manifest.views, count)):
             places = keyed_order(seed, samples.ids, view=view, draw=_DRAW)
             places = places[: min(share, count - rows)]
-            _, there = table.records(samples.ids[places], view)
-            places = places[there]
+            _, lacking = table.records(samples.ids[places], view)
+            places = np.delete(places, lacking)
             for start in range(0, len(places), BATCH):
                 batch = places[start : start + BATCH]
                 kept = table.rows(samples.ids[batch], view).dense(manifest.layout.classes)

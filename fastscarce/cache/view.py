@@ -15,7 +15,7 @@ from torch import Tensor
 from fastscarce.cache.journal import Line
 from fastscarce.cache.lookup import Lookup
 from fastscarce.cache.record import Layout
-from fastscarce.cache.shard import Shard, read_shard
+from fastscarce.cache.shard import read_shard
 
 __all__ = ["RESIDENCIES", "Residency", "View", "load_view"]
 
@@ -30,57 +30,52 @@ class View:
     """Checked rows of one view.
 
     Attributes:
-        ids: Sorted, each once, int64 ``(rows,)``.
-        records: uint8 ``(rows, stride)`` in the order of ``ids``: on the device, or in pinned
-            memory. Empty where the rows are mapped.
-        shards: Mapped records, in the order of their lowest ids.
-        place: Of each id where rows are mapped: ``(rows, 2)``, shard and row in it.
-        device: Where rows are given.
-        layout: Of the rows.
         lookup: Of ids.
+        shards: Rows in host memory, one shard after the other, uint8 ``(rows, stride)`` each:
+            pinned, or mapped from files. None where they are on a device.
+        order: Place among all shards' rows of each of the sorted ids, int64 ``(rows,)``. None: they
+            are in the ids' order.
+        resident: Rows on another device than the CPU, in the ids' order.
+        device: Where rows are given.
     """
 
-    ids: Ids
-    records: Tensor
-    shards: tuple[npt.NDArray[np.uint8], ...]
-    place: Ids
-    device: torch.device
-    layout: Layout
     lookup: Lookup
+    shards: list[Tensor]
+    order: Tensor | None
+    resident: Tensor | None
+    device: torch.device
 
-    def find(self, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """Where each id's row is, and whether there is one; the place of one that isn't is 0."""
-        return self.lookup(ids)
+    @classmethod
+    def of(cls, ids: Ids, records: Tensor, device: torch.device) -> View:
+        """Rows that are kept where ``records`` lie, in the order of the sorted ``ids``."""
+        # A device gathers no rows of none.
+        if records.device.type == "cpu" or len(ids) == 0:
+            return cls(Lookup.of(ids), [records.cpu()], None, None, device)
+        return cls(Lookup.of(ids), [], None, records, device)
 
-    def take(self, places: Ids) -> Tensor:
-        """Records at places that `find` gave, uint8 ``(rows, stride)`` on the device."""
-        if self.shards:
-            return torch.from_numpy(self._take_mapped(places)).to(self.device)
-        if self.records.device.type == "cpu":
-            # NumPy gathers rows of odd lengths faster than PyTorch.
-            chosen = torch.from_numpy(np.take(self.records.numpy(), places, axis=0, mode="clip"))
-            if self.device.type == "cpu":
-                return chosen
-            return chosen.pin_memory().to(self.device, non_blocking=True)
-        index = torch.from_numpy(places).to(self.device, non_blocking=True)
-        return self.records.index_select(0, index)
+    def rows(self, ids: Tensor) -> tuple[Tensor, int]:
+        """Rows by sample id.
 
-    def _take_mapped(self, places: Ids) -> npt.NDArray[np.uint8]:
-        out = np.empty((len(places), self.layout.stride), dtype=np.uint8)
-        if len(self.shards) == 1:
-            np.take(self.shards[0], self.place[places, 1], axis=0, out=out, mode="clip")
-            return out
-        # Sorted, so that each shard is asked once, for rows that lie one after the other.
-        order = np.argsort(places)
-        where = self.place[places[order]]
-        ends = np.searchsorted(where[:, 0], np.arange(len(self.shards)), side="right")
-        ordered, rows, begin = np.empty_like(out), where[:, 1], 0
-        for shard, end in zip(self.shards, ends.tolist(), strict=True):
-            if end > begin:
-                np.take(shard, rows[begin:end], axis=0, out=ordered[begin:end], mode="clip")
-                begin = end
-        out[order] = ordered
-        return out
+        Args:
+            ids: int64 ``(rows,)``, on the CPU.
+
+        Returns:
+            uint8 ``(rows, stride)`` on the device, where a row that is not there holds anything,
+            and how many are not.
+        """
+        if self.resident is not None:
+            places, missing = self.lookup.places(ids)
+            index = places.clamp(min=0).to(self.device, non_blocking=True)
+            return self.resident.index_select(0, index), missing
+        records, missing = self.lookup.rows(ids, self.shards, self.order)
+        if self.device.type != "cpu":
+            records = records.pin_memory().to(self.device, non_blocking=True)
+        return records, missing
+
+    def lacking(self, ids: Tensor) -> Ids:
+        """Which of some ids have no row: places among them, int64."""
+        places, _ = self.lookup.places(ids)
+        return np.flatnonzero(places.numpy() < 0)
 
 
 def load_view(
@@ -102,33 +97,25 @@ def load_view(
     ordered = sorted(lines, key=lambda line: (line.first_id, line.shard))
     shards = [read_shard(folder, line, layout, fingerprint, mapped=mapped) for line in ordered]
     if not shards:
-        empty = np.zeros((0, 2), dtype=np.int64)
-        records = torch.empty((0, layout.stride), dtype=torch.uint8, device=device)
-        return View(empty[:, 0], records, (), empty, device, layout, Lookup.of(empty[:, 0]))
+        empty = torch.empty((0, layout.stride), dtype=torch.uint8)
+        return View.of(np.zeros(0, dtype=np.int64), empty, device)
     everything = np.concatenate([shard.ids for shard in shards])
+    order = None
     if bool((everything[1:] > everything[:-1]).all()):  # as one process writes them
-        ids, first = everything, np.arange(len(everything), dtype=np.int64)
+        ids = everything
     else:
         ids, first = np.unique(everything, return_index=True)
+        order = torch.from_numpy(first)
+    parts = [shard.records for shard in shards]
     if mapped:
-        return _mapped(ids, first, shards, device, layout)
-    records = torch.cat([shard.records for shard in shards])
-    if ids is not everything:
-        records = records[torch.from_numpy(first)]
+        return View(Lookup.of(ids), parts, order, None, device)
+    # NumPy's large arrays lie in huge pages: a row in a small one costs a look-up of its address.
+    records = torch.from_numpy(np.empty((len(everything), layout.stride), dtype=np.uint8))
+    torch.cat(parts, out=records)
+    if order is not None:
+        records = torch.from_numpy(records.numpy()[order.numpy()])
     if residency == "device":
         records = records.to(device)
     elif torch.cuda.is_available():
         records = records.pin_memory()
-    place = np.zeros((0, 2), dtype=np.int64)
-    return View(ids, records, (), place, device, layout, Lookup.of(ids))
-
-
-def _mapped(
-    ids: Ids, first: Ids, shards: Sequence[Shard], device: torch.device, layout: Layout
-) -> View:
-    starts = np.cumsum([0, *(len(shard.ids) for shard in shards)])
-    number = np.searchsorted(starts, first, side="right") - 1
-    place = np.stack([number, first - starts[number]], axis=1)
-    records = torch.empty((0, layout.stride), dtype=torch.uint8)
-    mapped = tuple(shard.records.numpy() for shard in shards)
-    return View(ids, records, mapped, place, device, layout, Lookup.of(ids))
+    return View.of(ids, records, device)

@@ -7,7 +7,7 @@ from fastscarce.ops.dist import dist_loss
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.linear import linear_kd_loss
 from fastscarce.ops.modules import DistLoss, KDLoss
-from fastscarce.ops.selection import Confidence, confidence, pack_topk, topk
+from fastscarce.ops.selection import Confidence, confidence, pack_topk, topk, unpack_topk
 from fastscarce.ops.statistics import RowStatistics
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
 from fastscarce.ops.weighted import CrossEntropyLoss, TokenDistillationLoss, WeightedKDLoss
@@ -30,4 +30,5 @@ __all__ = [
     "linear_kd_loss",
     "pack_topk",
     "topk",
+    "unpack_topk",
 ]

@@ -13,13 +13,14 @@ from torch import Tensor
 from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops.targets import TopK
 
-__all__ = ["Confidence", "confidence", "pack_topk", "topk"]
+__all__ = ["Confidence", "confidence", "pack_topk", "topk", "unpack_topk"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Chosen logits of a row are sorted in a GPU's shared memory.
 _MOST_ON_GPU = 2048
 
 _pack_topk = torch.ops.fastscarce.pack_topk.default
+_unpack_topk = torch.ops.fastscarce.unpack_topk.default
 _topk = torch.ops.fastscarce.topk.default
 _confidence = torch.ops.fastscarce.confidence.default
 
@@ -90,6 +91,34 @@ def pack_topk(logits: Tensor, k: int, *, codes: bool = False, tags: Tensor | Non
         tags = tags.to(logits.device, non_blocking=True).contiguous()
     packed: Tensor = _pack_topk(logits, k, codes, tags)
     return packed
+
+
+def unpack_topk(
+    records: Tensor, classes: int, k: int, *, codes: bool = False, tagged: bool = False
+) -> TopK:
+    """What `pack_topk` kept of each row, in one pass.
+
+    Args:
+        records: uint8 ``(rows, stride)``, as `pack_topk` gave them.
+        classes: Of the logits that they were made of.
+        k: Classes kept.
+        codes: Whether log-probabilities are u8 codes.
+        tagged: Whether rows end in a tag.
+
+    Returns:
+        :class:`TopK` with float16 log-probabilities (float32 of codes) on the records' device, as
+        `topk` gives them; all classes of a dense row in their own order.
+
+    Raises:
+        ValueError: The records have another dtype or number of dimensions.
+        RuntimeError: Rows have another length.
+    """
+    if records.dtype != torch.uint8 or records.dim() != 2:
+        raise ValueError(
+            f"unpack_topk needs uint8 records of shape (rows, stride), got {records.dtype} "
+            f"{tuple(records.shape)}."
+        )
+    return TopK(*_unpack_topk(records.contiguous(), classes, k, codes, tagged))
 
 
 def confidence(logits: Tensor, threshold: float = 0.0, *, temperature: float = 1.0) -> Confidence:

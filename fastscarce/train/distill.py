@@ -66,7 +66,7 @@ def distill(run: Run, config: DistillConfig) -> dict[str, Any]:
             score=Guard.of(run, task.pool, task.split).score,
         )
         if config.cache is not None:
-            result["filled_rows"] = teaching.filled
+            result["filled_rows"] = run.total(teaching.filled)
     result = {
         "accuracy": task.accuracy(model, task.split.test),
         "holdout_accuracy": task.accuracy(model, task.split.holdout),
@@ -158,6 +158,8 @@ def _table(
     expect = expectation(samples, task.pool.policy(config.policy or "eval"), task.pool.seed)
     if config.policy is None:
         del expect["transform"]["policy"]
+    if config.k is not None:
+        expect["cache"] = {"k": min(config.k, task.pool.classes)}
     if live is not None:
         expect["teacher"] = live.content(task.images.channels)
     return TeacherTable.open(

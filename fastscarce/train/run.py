@@ -154,14 +154,17 @@ class Run:
         result: T = outcome[0]
         return result
 
+    def total(self, count: int) -> int:
+        """The sum of what all processes counted; each gets it, and all must ask."""
+        if self.world_size > 1:
+            sums = torch.tensor([count], device=self.device)
+            torch.distributed.all_reduce(sums)
+            count = int(sums.item())
+        return count
+
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop. All processes get one answer."""
-        flag = self._signal is not None
-        if self.world_size > 1:
-            total = torch.tensor([int(flag)], device=self.device)
-            torch.distributed.all_reduce(total)
-            flag = bool(total.item())
-        return flag
+        return self.total(int(self._signal is not None)) > 0
 
     def stopped(self, where: str) -> Interrupted:
         """The error that ends a run whose state has been saved."""

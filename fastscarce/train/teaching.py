@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastscarce.augment import CutMix, Plan, Policy, get_policy
 from fastscarce.cache import Layout, Teacher, decode, pack
+from fastscarce.cache.view import View
 from fastscarce.config import StageConfig
 from fastscarce.data import StreamBatch
 from fastscarce.errors import CacheError, ConfigError
@@ -30,8 +31,8 @@ class Source(Protocol):
 
     def records(
         self, sample_ids: NDArray[np.int64], view: NDArray[np.int64]
-    ) -> tuple[Tensor, NDArray[np.bool_]]:
-        """Rows as bytes, uint8 ``(rows, stride)``, and which of them are there."""
+    ) -> tuple[Tensor, NDArray[np.int64]]:
+        """Rows as bytes, uint8 ``(rows, stride)``, and places of those that are not there."""
 
 
 class LabelRows:
@@ -40,17 +41,15 @@ class LabelRows:
     def __init__(self, labels: PseudoLabels, device: torch.device) -> None:
         self.layout = Layout(labels.classes, labels.classes)
         order = np.argsort(labels.ids)
-        self._ids = labels.ids[order]
         log_probs = torch.from_numpy(np.ascontiguousarray(labels.log_probs[order]))
-        self._records = pack(log_probs.to(device), self.layout)
+        self._rows = View.of(labels.ids[order], pack(log_probs.to(device), self.layout), device)
 
     def records(
         self, sample_ids: NDArray[np.int64], view: NDArray[np.int64]
-    ) -> tuple[Tensor, NDArray[np.bool_]]:
+    ) -> tuple[Tensor, NDArray[np.int64]]:
         """See `Source`."""
-        places = np.searchsorted(self._ids, sample_ids).clip(max=len(self._ids) - 1)
-        index = torch.from_numpy(places).to(self._records.device)
-        return self._records[index], self._ids[places] == sample_ids
+        ids = torch.from_numpy(sample_ids)
+        return self._rows.rows(ids)[0], self._rows.lacking(ids)
 
 
 class Teaching:
@@ -122,13 +121,12 @@ class Teaching:
     def _records(self, positions: Positions, view: Positions) -> Tensor:
         if self._source is None:
             return self._ask(positions, view)
-        records, found = self._source.records(self._pool.ids[positions], view)
-        lacking = np.flatnonzero(~found)
+        records, lacking = self._source.records(self._pool.ids[positions], view)
         if len(lacking) == 0:
             return records
         if self._live is None:
             raise CacheError(
-                f"The table lacks {len(lacking)} of a step's {len(found)} rows; run the same "
+                f"The table lacks {len(lacking)} of a step's {len(records)} rows; run the same "
                 "`fastscarce cache build` again, or give --teacher to say what is missing."
             )
         self.filled += len(lacking)

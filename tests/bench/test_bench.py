@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_cache
 import bench_data
 import bench_kd_loss
 import bench_losses
@@ -243,6 +244,27 @@ def test_sources_are_read_alike(
     printed = capsys.readouterr().out
     assert printed.count("| 1.00 |") >= 2
     assert all(f"| {kind} |" in printed for kind in bench_sources.KINDS)
+
+
+def test_cache_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_cache, "SHARDS", 3)
+    monkeypatch.setattr(bench_cache, "ROWS", 500)
+    monkeypatch.setattr(bench_cache, "BATCH", 8)
+    monkeypatch.setattr(bench_cache, "TEACHER", "test_efficientnet")
+    path = tmp_path / "cache-here.json"
+    words = ["files", "build", "--seconds", "0", "--threads", "1", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", [str(BENCH / "bench_cache.py"), *words])
+    bench_cache.main()
+    record = json.loads(path.read_text())
+    assert record["instruction_set"] == _ops.isa()
+    assert record["files"]["float16: bytes_per_row"] == 66
+    assert record["files"]["uint8: bytes_per_row"] == 52
+    assert all(value > 0 for value in record["files"].values())
+    assert record["build"]["batches"] == 4
+    assert record["build"]["build_x_passes"] > 1.0
+    assert "build: build_x_passes" in capsys.readouterr().out
 
 
 def test_loaders_are_counted_from_files_and_from_the_pool(

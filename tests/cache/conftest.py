@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 5,
     "k": 5,
     "batch_size": 32,
-    "rows_per_shard": 64,
+    "rows_per_shard": 74,  # a file is closed after 64
 }
 Make = Callable[..., Built]
 

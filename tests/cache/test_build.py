@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 def rows_of(folder: Path, samples: Samples, views: int = 2) -> torch.Tensor:
     with TeacherTable.open(folder) as table:
         parts = [table.records(samples.ids, view) for view in range(views)]
-    assert all(found.all() for _, found in parts)
+    assert not any(len(lacking) for _, lacking in parts)
     return torch.cat([records for records, _ in parts])
 
 

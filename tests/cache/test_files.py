@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +19,10 @@ import torch
 
 from fastscarce.cache import Layout, TeacherTable, compact, gc, verify
 from fastscarce.cache.checksum import seal, unseal
-from fastscarce.cache.journal import journals, read_journal
+from fastscarce.cache.journal import journals, read_journal, rewrite_journal
 from fastscarce.cache.lookup import Lookup
 from fastscarce.cache.manifest import locked
+from fastscarce.cache.pipeline import Piece, Pipeline, shard_rows
 from fastscarce.cache.shard import ShardWriter
 from fastscarce.errors import CacheError, ResultsError
 
@@ -131,9 +134,131 @@ def test_half_a_line_counts_for_nothing(make: Any, tmp_path: Path, samples: Any)
     assert len(read_journal(path)) == whole.count(b"\n") - 1
     assert verify(folder).problems == [f"{path} ends in half a line"]
     assert TeacherTable.open(folder).missing() == 22  # of 150 rows in shards of 64
-    assert make(tmp_path).written == 22
+    assert make(tmp_path).written == 0  # the shard is there, and is whole
+    assert path.read_bytes() == whole
     assert verify(folder).sound
     assert len(TeacherTable.open(folder).rows(samples.ids, 1)) == 150
+
+
+def without_line(folder: Path, number: int) -> Path:
+    """Take a line out of a journal, as if the process had died before it; returns its shard."""
+    path = journals(folder)[0]
+    lines = read_journal(path)
+    lost = lines.pop(number)
+    rewrite_journal(path, lines)
+    return folder / lost.shard
+
+
+def test_a_whole_shard_without_a_line_is_adopted(make: Any, tmp_path: Path, network: Any) -> None:
+    folder = make(tmp_path).folder
+    before = {line.shard: line for line in read_journal(journals(folder)[0])}
+    for number in (5, 0):
+        without_line(folder, number)
+    with locked(folder, "table", shared=True):  # others are writing: one's own are adopted still
+        assert make(tmp_path, network).written == 0
+    assert network.asked == 0
+    assert {line.shard: line for line in read_journal(journals(folder)[0])} == before
+    shard = without_line(folder, 3)
+    assert gc(folder) == [f"adopted {shard}"]
+    assert verify(folder).sound
+    # Of other processes than this one, as soon as nobody writes.
+    (folder / "rank000.journal").rename(folder / "rank007.journal")
+    for path in folder.glob("view-*/*"):
+        path.rename(path.with_name(path.name.replace("rank000", "rank007")))
+    journals(folder)[0].unlink()
+    assert make(tmp_path, network).written == 0
+    assert {line.checksum for line in read_journal(folder / "rank007.journal")} == {
+        line.checksum for line in before.values()
+    }
+
+
+def test_a_shard_without_a_line_that_is_not_whole_is_dropped(
+    make: Any, tmp_path: Path, samples: Any
+) -> None:
+    folder = make(tmp_path).folder
+    expected = TeacherTable.open(folder).records(samples.ids, 0)[0]
+    draw = np.random.default_rng(0)
+    shard = without_line(folder, 0)
+    content = shard.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for bit in [
+        *draw.integers(0, 8 * header, 20),
+        *draw.integers(8 * header, 8 * len(content), 20),
+    ]:
+        shard.write_bytes(content)
+        flip(shard, int(bit))
+        said = gc(folder)
+        # A header may change in ways that change nothing it says: blanks, say.
+        if said == [f"adopted {shard}"]:
+            assert bit < 8 * header
+            got = TeacherTable.open(folder).records(samples.ids, 0)[0]
+            assert torch.equal(got, expected)
+            without_line(folder, len(read_journal(journals(folder)[0])) - 1)
+        else:
+            assert said == [f"removed {shard}"]
+    for changed in (content[:-1], content + b"x", b""):
+        shard.write_bytes(changed)
+        assert gc(folder) == [f"removed {shard}"]
+    # Rows that are there already need no second shard.
+    assert make(tmp_path).written == 64
+    shard.with_name("rank000-00077.safetensors").write_bytes(content)
+    assert len(gc(folder)) == 1
+    assert verify(folder).sound
+
+
+def test_rows_on_their_way_are_no_more_than_a_shard(tmp_path: Path, samples: Any) -> None:
+    """The writer is held up: then the teacher waits."""
+    layout, most = Layout(10, 5), 64
+    rows = samples.sorted()
+    writer = ShardWriter(
+        tmp_path, layout, fingerprint="f", writer="rank000", rows=shard_rows(most, 16)
+    )
+    pieces = Pipeline(layout, rows, writer, most)
+    add, held, asked = writer.add, threading.Event(), 0
+
+    def slowly(*arguments: Any) -> None:
+        held.wait(10)
+        add(*arguments)
+
+    writer.add = slowly  # type: ignore[method-assign]
+
+    def ask() -> None:
+        nonlocal asked
+        for start in range(0, 144, 16):
+            pieces.reserve(16)
+            asked += 16
+            ids = rows.ids[start : start + 16]
+            records = torch.zeros((16, layout.stride), dtype=torch.uint8)
+            pieces.put(Piece(0, np.arange(16), ids, records, {}, None))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join(0.3)
+    assert asked == most
+    held.set()
+    asking.join(10)
+    pieces.close()
+    assert (asked, writer.written) == (144, 144)
+    # Closed early, and not because room was wanted while there were rows to wait for.
+    assert [line.rows for line in read_journal(journals(tmp_path)[0])] == [48, 48, 48]
+
+
+def test_parts_of_batches_do_not_block_the_way(tmp_path: Path, samples: Any) -> None:
+    """After a resume a batch has few new rows: then a file is closed to make room."""
+    layout, rows = Layout(10, 5), samples.sorted()
+    writer = ShardWriter(
+        tmp_path, layout, fingerprint="f", writer="rank000", rows=shard_rows(32, 32)
+    )
+    pieces, start = Pipeline(layout, rows, writer, 32), 0
+    for count in (20, 32, 5, 32, 27):
+        pieces.reserve(count)
+        records = torch.zeros((count, layout.stride), dtype=torch.uint8)
+        ids = rows.ids[start : start + count]
+        pieces.put(Piece(0, np.arange(count), ids, records, {}, None))
+        start += count
+    pieces.close()
+    lines = read_journal(journals(tmp_path)[0])
+    assert [line.rows for line in lines] == [20, 32, 5, 32, 27]
 
 
 def test_two_writers_of_one_number(make: Any, tmp_path: Path) -> None:
@@ -238,10 +363,45 @@ def test_a_writer_takes_no_more_than_a_shard(tmp_path: Path) -> None:
 )
 def test_lookup_finds_what_is_there(ids: Any) -> None:
     near = np.concatenate([ids, ids[1:] - 1, ids[:-1] + 1, [-(2**63), 0, 3, 2**63 - 1]])
-    places, found = Lookup.of(ids)(near.astype(np.int64))
-    assert np.array_equal(found, np.isin(near, ids))
-    assert np.array_equal(ids[places[found]], near[found])
-    assert (places[~found] == 0).all()
+    near = np.random.default_rng(1).permutation(near.astype(np.int64))
+    there = np.isin(near, ids)
+    lookup, wanted = Lookup.of(ids), torch.from_numpy(near)
+    places, missing = lookup.places(wanted)
+    assert missing == (~there).sum()
+    assert np.array_equal(places.numpy() >= 0, there)
+    assert np.array_equal(ids[places.numpy()[there]], near[there])
+    # Rows of one shard in the ids' order, and of several in another, with an empty one and gaps.
+    memory = torch.arange(len(ids) * 7).to(torch.uint8).view(len(ids), 7)
+    expected = memory[places] if len(ids) else torch.zeros((len(near), 7), dtype=torch.uint8)
+    expected[places < 0] = 0
+    order = torch.from_numpy(np.random.default_rng(2).permutation(len(ids)))
+    turned = torch.zeros((len(ids), 9), dtype=torch.uint8)[:, 1:8]
+    turned[order] = memory
+    cuts = [0, 0, len(ids) // 3, len(ids)]
+    shards = [turned[a:b] for a, b in itertools.pairwise(cuts)]
+    for rows, counted in (lookup.rows(wanted, [memory]), lookup.rows(wanted, shards, order)):
+        assert counted == missing
+        assert torch.equal(rows, expected)
+
+
+def test_lookup_refuses_what_would_be_read_past() -> None:
+    lookup, wanted = Lookup.of(np.arange(5)), torch.arange(5)
+    rows = torch.zeros((5, 20), dtype=torch.uint8)
+    assert lookup.rows(wanted, [rows])[1] == 0
+    for refused, message in (
+        (lambda: lookup.rows(wanted, [rows[:4]]), "shards of as many rows as ids"),
+        (lambda: lookup.rows(wanted, [rows], torch.arange(5) + 1), "shards of as many rows as ids"),
+        (lambda: lookup.rows(wanted, [rows], torch.arange(4)), "an order of all ids"),
+        (lambda: lookup.rows(wanted, []), "one shard or more"),
+        (lambda: lookup.rows(wanted, [rows, rows[:, 1:]]), "of as many bytes"),
+        (lambda: lookup.rows(wanted.int(), [rows]), "int64 wanted"),
+        (lambda: lookup.places(torch.arange(10)[::2]), "without gaps"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            refused()
+    wild = Lookup(lookup.ids, torch.tensor([-7, 99, 3, -(2**31)], dtype=torch.int32), 1)
+    places, _ = wild.places(wanted)
+    assert bool((places < 5).all())
 
 
 def test_sealed_text_is_refused_after_a_change() -> None:

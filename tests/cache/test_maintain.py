@@ -21,6 +21,7 @@ from fastscarce.cache import (
     info,
     verify,
 )
+from fastscarce.cache.journal import read_journal, rewrite_journal
 from fastscarce.errors import CacheError
 
 
@@ -44,6 +45,38 @@ def test_compact_keeps_every_row(make: Any, samples: Samples, tmp_path: Path) ->
     assert len(list(folder.rglob("view-*/*"))) == 2
     with pytest.raises(ValueError, match="rows_per_shard of at least 1, got 0"):
         compact(folder, rows_per_shard=0)
+
+
+def test_compact_loses_nothing_that_is_damaged(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path).folder
+    shard = sorted((folder / "view-00001").iterdir())[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-3])
+    with pytest.raises(CacheError, match=rf"{shard.name} has {len(content) - 3} bytes where"):
+        compact(folder)
+    shard.write_bytes(content)  # from a copy, say
+    assert verify(folder).rows == 300
+    assert compact(folder)[1] == 2
+    assert verify(folder).sound
+
+
+def test_shards_of_a_newer_version_are_kept(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path, views=1).folder
+    with monkeypatch.context() as newer:
+        newer.setattr("fastscarce.cache.shard.VERSION", 99)
+        make(tmp_path, allow_mismatch=["cache.views"])
+    before = sorted(folder.rglob("*.safetensors"))
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"newer fastscarce .layout 99.*; update fastscarce"):
+            gc(folder)
+        with pytest.raises(CacheError, match=r"newer fastscarce .layout 99.*; update fastscarce"):
+            make(tmp_path, allow_mismatch=["cache.views"])
+        assert sorted(folder.rglob("*.safetensors")) == before
+        # And those that no line names.
+        lines = read_journal(folder / "rank000.journal")
+        rewrite_journal(folder / "rank000.journal", [x for x in lines if x.view == 0])
 
 
 def test_gc_removes_what_no_journal_names(make: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from fastscarce import _ops
 from fastscarce.cache import Layout, decode, encode, pack
 from fastscarce.cache.record import tags_of
-from fastscarce.ops import kd_loss, pack_topk, topk
+from fastscarce.ops import kd_loss, pack_topk, topk, unpack_topk
 
 # Every form of a row: dense, short and wide indices, all of more classes than a dense row has.
 FORMS = [(10, 10), (10, 5), (1000, 16), (70000, 3), (300, 300)]
@@ -39,6 +39,21 @@ def test_gives_back_what_was_said(classes: int, k: int, codec: str) -> None:
             assert torch.equal(rows.indices, said.indices)
             assert torch.equal(rows.log_tail, said.log_tail.half())
         assert tags is None or torch.equal(tags_of(records, layout), tags)
+        # Bit for bit what the bytes mean.
+        parts = {
+            part: records[:, at : at + size].contiguous()
+            for part, (at, size) in layout.parts.items()
+        }
+        if codec == "float16":
+            assert torch.equal(rows.log_probs, parts["values"].view(torch.float16))
+        else:
+            scale = parts["scale"].view(torch.float16).float()
+            value = 0.0 - parts["values"].float() * scale
+            value[parts["values"] == 255] = -torch.inf
+            assert torch.equal(rows.log_probs.view(torch.int32), value.view(torch.int32))
+        if layout.dense:
+            assert torch.equal(rows.indices, torch.arange(k, dtype=torch.int32).expand(9, -1))
+            assert torch.equal(rows.log_tail, torch.full((9,), -torch.inf, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("name", ["scalar", ""])
@@ -141,5 +156,9 @@ def test_refusals() -> None:
         pack_topk(torch.zeros(3, 9), 2, tags=torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="pack_topk needs k in 1 to 9"):
         pack_topk(torch.zeros(3, 9), 10)
+    with pytest.raises(ValueError, match=r"uint8 records of shape .*, got torch.int8 \(3, 18\)"):
+        unpack_topk(torch.zeros((3, 18), dtype=torch.int8), 10, 4)
+    with pytest.raises((RuntimeError, ValueError), match=r"records .* of this layout"):
+        unpack_topk(torch.zeros((3, 17), dtype=torch.uint8), 10, 4)
     with pytest.raises(ValueError, match=r"shape \(rows, 18\), got torch.uint8 \(3, 17\)"):
         decode(torch.zeros(3, 17, dtype=torch.uint8), Layout(10, 4))

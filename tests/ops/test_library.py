@@ -49,6 +49,8 @@ def test_cuda_library() -> None:
         "kd_loss_topk_out",
         "kd_statistics",
         "topk",
+        "pack_topk",
+        "unpack_topk",
         "confidence",
     ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastscarce::{name}", "CUDA")

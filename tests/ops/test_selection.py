@@ -166,6 +166,9 @@ def test_opcheck_and_compile() -> None:
     tags = torch.arange(6)
     for k, codes, tagged in ((4, False, None), (33, True, None), (4, True, tags)):
         torch.library.opcheck(torch.ops.fastscarce.pack_topk.default, (logits, k, codes, tagged))
+        layout = (33, k, codes, tagged is not None)
+        records = torch.ops.fastscarce.pack_topk.default(logits, k, codes, tagged)
+        torch.library.opcheck(torch.ops.fastscarce.unpack_topk.default, (records, *layout))
 
     def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chosen = topk(2 * x, 4)

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,22 +106,33 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def run_in_two(command: str, out: Path, *, launcher: str = "torchrun", **settings: Any) -> Outcome:
-    """As a user types it on a machine without GPUs: without ``--cpu``."""
+def launch(typed: Sequence[str], launcher: str = "torchrun") -> tuple[int, str, str]:
+    """Words typed behind ``fastscarce`` in two processes: exit status, and what was printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [word.format(port=port) for word in LAUNCHERS[launcher]]
-    dotted = {key.replace("__", "."): value for key, value in settings.items()}
-    typed = [word for word in words(command, out, dotted) if not word.startswith("--cpu")]
+    words = [word.format(port=port) for word in LAUNCHERS[launcher]]
     done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "fastscarce", *typed],
+        [sys.executable, "-m", *words, "-m", "fastscarce", *typed],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    return Outcome(done.returncode, done.stdout, done.stderr, out)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_in_two(command: str, out: Path, *, launcher: str = "torchrun", **settings: Any) -> Outcome:
+    """As a user types it on a machine without GPUs: without ``--cpu``."""
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    typed = [word for word in words(command, out, dotted) if not word.startswith("--cpu")]
+    return Outcome(*launch(typed, launcher), out)
+
+
+@pytest.fixture(scope="session")
+def launched() -> Callable[..., tuple[int, str, str]]:
+    """Runs any words in two processes."""
+    return launch
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fastscarce.config import DataConfig, ModelConfig, RunConfig, StudentConfig,
 from fastscarce.data import StreamBatch
 from fastscarce.errors import DataError, ModelError
 from fastscarce.ops import MixedTopK, TopK, kd_loss
-from fastscarce.train.objectives import SelfTraining
+from fastscarce.train.objectives import SelfTraining, Supervised
 from fastscarce.train.run import open_run
 from fastscarce.train.tables import samples_of
 from fastscarce.train.task import Task, prepare
@@ -142,6 +143,45 @@ def test_missing_rows_are_counted_or_said_by_the_teacher(
         assert left == pytest.approx(right, rel=1e-3)
 
 
+def test_two_processes_build_and_distill(
+    command: Any, in_two_processes: Any, launched: Any, teacher: Path, table: Path, tmp_path: Path
+) -> None:
+    code, _, err = launched(
+        ["cache", "build", f"--teacher={teacher}", f"--out={tmp_path / 'table'}", "--views=3",
+         "--k=5", "--teacher-batch-size=64", "--test_fraction=0.85", "--threads=1"]
+    )  # fmt: skip
+    assert code == 0, err
+    with TeacherTable.open(tmp_path / "table") as built, TeacherTable.open(table) as expected:
+        assert built.missing() == 0
+        assert built.manifest.content == expected.manifest.content
+        for view in range(3):
+            rows, lacking = built.records(expected.ids, view)
+            assert len(lacking) == 0
+            assert torch.equal(rows, expected.records(expected.ids, view)[0])
+    # Without a few rows, which the teacher says: each of them counts in one of the processes.
+    sorted((tmp_path / "table").rglob("view-00000/*"))[0].unlink()
+    assert fastscarce("cache", "gc", str(tmp_path / "table"))[0] == 0
+    settings = {
+        "cache": tmp_path / "table", "teacher": teacher, "model.name": "small_cnn_gn",
+        "student.cutmix_probability": 1.0, "student.steps": 40, "student.learning_rate": 0.02,
+    }  # fmt: skip
+    two = in_two_processes("distill", tmp_path / "two", **settings)
+    assert two.code == 0, two.err
+    one = command("distill", tmp_path / "one", **settings)
+    assert one.code == 0, one.err
+    assert two.result["filled_rows"] == one.result["filled_rows"] > 0
+    assert [entry[:2] for entry in two.losses] == [entry[:2] for entry in one.losses]
+    for (*_, left), (*_, right) in zip(two.losses, one.losses, strict=True):
+        assert left == pytest.approx(right, rel=1e-3)
+    for name, value in one.weights.items():
+        assert torch.allclose(two.weights[name], value, atol=1e-3)
+    # Over all test images, each once, in both; and better than a guess, which is right in 0.1.
+    assert two.result["accuracy"] == pytest.approx(one.result["accuracy"], abs=0.002)
+    assert two.result["accuracy"] > 0.3
+    first, last = (sum(x[2] for x in two.losses[part]) for part in (slice(5), slice(-5, None)))
+    assert last < first
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
@@ -150,6 +190,7 @@ def test_missing_rows_are_counted_or_said_by_the_teacher(
         ({"holdout_per_class": 1}, "data.ids"),
         ({"policy": "weak"}, "transform.policy"),
         ({"teacher": "other"}, "teacher.tensors"),
+        ({"k": 4}, "cache.k"),
     ],
 )
 def test_refusals_of_a_table_name_the_key(
@@ -270,6 +311,51 @@ def test_a_dense_teacher_never_appears(task: Task, table: Path, probability: flo
     assert (24, 5) in made.shapes
     assert not {(24, 10), (10, 24)} & made.shapes
     kd_loss(torch.zeros(24, 10), said, None)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that PyTorch holds at a time of what it allocates during a call."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held)
+
+
+def test_peaks_are_of_what_is_held_at_a_time() -> None:
+    def run() -> None:
+        first = torch.zeros(250_000)
+        second = first + 1
+        del first
+        _ = second + 1
+
+    assert 2_000_000 <= peak_bytes(run) < 2_001_000
+
+
+def test_a_step_takes_the_memory_of_the_students(table: Path, task: Task) -> None:
+    """Beside the supervised step of the same images: its rows and no more, let alone a teacher."""
+    rows = 128
+    settings = StudentConfig(
+        batch_size=rows, unlabelled_batch_size=rows, alpha=1.0, cutmix_probability=0.0
+    )
+    model = task.network(ModelConfig(name="small_cnn_gn"), "student")
+    with TeacherTable.open(table) as source:
+        taught = teaching(task, source, cutmix_probability=0.0)
+        plain = Supervised(task.run, task.pool, taught.lessons, settings)
+        from_table = SelfTraining(task.run, task.pool, task.split.labelled, taught, settings)
+        peaks = []
+        for objective in (plain, from_table):
+
+            def step(objective: Any = objective) -> None:
+                objective(model, 1, 0, 1).backward()
+
+            step()
+            peaks.append(peak_bytes(step))
+        layout = source.layout
+    row = layout.stride + layout.k * (4 + 2) + 2  # its bytes; classes, log-probabilities, tail
+    assert peaks[0] > 20 * rows * row
+    assert peaks[1] <= peaks[0] + rows * row
 
 
 def test_teachers_by_name(task: Task, teacher: Path, tmp_path: Path) -> None:
