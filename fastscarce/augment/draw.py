@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from fastscarce.augment.mapping import draw_rows
 from fastscarce.augment.philox import NO_NUMBERS, view_numbers
-from fastscarce.augment.plan import Plan, made
+from fastscarce.augment.plan import Plan, planned
 from fastscarce.augment.policy import Policy, get_policy
-from fastscarce.augment.table import MAPPING_VERSION, PLAN
+from fastscarce.augment.table import PLAN
 
 __all__ = ["draw", "draw_batches", "neighbours"]
-
-_WORDS = PLAN.itemsize // 8
 
 
 def neighbours(rows: int) -> npt.NDArray[np.int64]:
@@ -62,7 +61,9 @@ def draw(
     size = checked_size("draw", image_size)
     number, views = view_numbers(view, rows)
     places = NO_NUMBERS if partners is None else _partners(partners, rows)
-    return _drawn(get_policy(policy), ids, number, views, places, rows, seed, size)
+    return planned(
+        _drawn(get_policy(policy), ids, number, views, places, rows, seed, size), size
+    )
 
 
 def draw_batches(
@@ -109,11 +110,7 @@ def draw_batches(
     number, views = view_numbers(view, len(parts))
     ids = np.concatenate(parts)
     whole = _drawn(get_policy(policy), ids, number, views, NO_NUMBERS, lengths[0], seed, size)
-    starts = range(0, len(ids), lengths[0])
-    return [
-        made(whole.table[start : start + lengths[0]], size, whole.version, rows)
-        for start, rows in zip(starts, whole.rows.unsafe_split(lengths[0]), strict=True)
-    ]
+    return [planned(rows, size) for rows in whole.unsafe_split(lengths[0])]
 
 
 def _drawn(
@@ -125,16 +122,15 @@ def _drawn(
     batch: int,
     seed: int,
     size: tuple[int, int],
-) -> Plan:
-    # Whole numbers of eight bytes, so that each row lies where the kernels can read it.
-    words = np.empty((len(ids), _WORDS), dtype=np.int64)
+) -> Tensor:
+    """Rows of a plan, uint8 ``(rows, 128)``."""
+    rows = torch.empty((len(ids), PLAN.itemsize), dtype=torch.uint8)
     if len(ids):
         draw_rows(
-            policy.program, np.uint64(seed & 0xFFFFFFFFFFFFFFFF), ids, number, views, partners,
-            batch, *size, words,
+            policy.ready(size), len(policy.steps), np.uint64(seed & 0xFFFFFFFFFFFFFFFF), ids,
+            number, views, partners, batch, *size, rows.numpy(),
         )  # fmt: skip
-    rows = words.view(np.uint8)
-    return made(rows.view(PLAN).reshape(-1), size, MAPPING_VERSION, torch.from_numpy(rows))
+    return rows
 
 
 def checked_size(name: str, image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from torch import Tensor
 from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable, byte_of
 from fastscarce.ops import MixedTarget, MixedTopK, TopK
 
-__all__ = ["Plan", "concatenate"]
+__all__ = ["Plan", "concatenate", "planned"]
 
 _LAM, _PARTNER = (byte_of(name) // 4 for name in ("lam", "partner"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Plan:
     """A row a result: which images are read is said where the plan is carried out.
 
@@ -33,27 +34,33 @@ class Plan:
         ValueError: The table has another dtype or shape.
     """
 
-    table: PlanTable
     image_size: tuple[int, int]
-    version: int = MAPPING_VERSION
-    rows: Tensor = field(init=False, repr=False)
+    version: int
+    rows: Tensor = field(repr=False)
     """The table as the kernels read it, uint8 ``(rows, 128)``, on the device of `to`."""
+    _host: Tensor = field(repr=False)
 
-    def __post_init__(self) -> None:
-        table = self.table
+    def __init__(
+        self, table: PlanTable, image_size: tuple[int, int], version: int = MAPPING_VERSION
+    ) -> None:
         if table.dtype != PLAN or table.ndim != 1:
             raise ValueError(
                 f"Plan needs a table of dtype PLAN and shape (rows,), got {table.dtype} "
                 f"{table.shape}."
             )
-        if not table.flags.c_contiguous:
-            table = np.ascontiguousarray(table)
+        table = np.ascontiguousarray(table)
         rows = torch.from_numpy(table.view(np.uint8).reshape(len(table), PLAN.itemsize))
         if rows.data_ptr() % 8:
             rows = rows.clone()
-            table = rows.numpy().reshape(-1).view(PLAN)
-        object.__setattr__(self, "table", table)
-        object.__setattr__(self, "rows", rows)
+        self.__dict__.update(image_size=image_size, version=version, rows=rows, _host=rows)
+
+    @functools.cached_property
+    def table(self) -> PlanTable:
+        """The rows by field, of dtype `PLAN`, ``(rows,)``: the same memory, where it is the CPU's.
+
+        See fastscarce/augment/table.py for the fields.
+        """
+        return self._host.numpy().view(PLAN)[:, 0]
 
     def __len__(self) -> int:
         return self.rows.shape[0]  # not the table's length: torch.compile knows tensors alone
@@ -71,7 +78,7 @@ class Plan:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """The same plan with what the kernels read on ``device``."""
         rows = self.rows.to(device, non_blocking=non_blocking)
-        return made(self.table, self.image_size, self.version, rows)
+        return _made(self.image_size, self.version, rows, self._host)
 
     def mixed_target(self, labels: Tensor) -> MixedTarget:
         """The labels of the mixed images.
@@ -138,10 +145,14 @@ class Plan:
             raise ValueError(f"Plan.load needs a plan's file, got {path}: {error}") from None
 
 
-def made(table: PlanTable, image_size: tuple[int, int], version: int, rows: Tensor) -> Plan:
-    """A plan of a sound table and of the same table as a tensor."""
+def planned(rows: Tensor, image_size: tuple[int, int]) -> Plan:
+    """A plan of rows that were drawn, uint8 ``(rows, 128)`` on the CPU."""
+    return _made(image_size, MAPPING_VERSION, rows, rows)
+
+
+def _made(image_size: tuple[int, int], version: int, rows: Tensor, host: Tensor) -> Plan:
     plan = object.__new__(Plan)
-    plan.__dict__.update(table=table, image_size=image_size, version=version, rows=rows)
+    plan.__dict__.update(image_size=image_size, version=version, rows=rows, _host=host)
     return plan
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastscarce.augment.draw import checked_size, neighbours
-from fastscarce.augment.mapping import warp_of
 from fastscarce.augment.plan import Plan
+from fastscarce.augment.program import warp_of
 from fastscarce.augment.table import MIXES, OPERATIONS, SAMPLINGS, PlanTable, new_table
 
 __all__ = ["plan_of"]
