@@ -25,14 +25,19 @@ from fastscarce.augment.program import (
     STEP_DRAWN,
     STEP_LINES,
     STEP_NUMBERS,
+    STEP_OUTCOMES,
     STEP_SLOT,
     amount_of,
+    compose,
     fill_operation,
     warp_of,
 )
 from fastscarce.augment.table import byte_of
 
-__all__ = ["draw_rows"]
+__all__ = ["UNSOUND_PARTNER", "UNSOUND_VIEW", "draw_rows"]
+
+UNSOUND_VIEW, UNSOUND_PARTNER = 1, 2
+"""What `draw_rows` finds."""
 
 _CHUNK = 128  # rows that are worked on in the first cache
 _DRAWS = np.uint64(64)  # of a step
@@ -40,7 +45,7 @@ _BLOCKS = 4  # of four words, that a step reads at most for every row
 _TRIALS = 30  # blocks of a beta's rejection, two trials each: all fail once in 10**18
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
-_ALONE = 255  # in place of a mix, while rows are drawn: there is no other to mix with
+_ALONE = 4  # in place of a mix, while rows are drawn: there is no other to mix with
 
 # Rows of the numbers that are worked with: random words, a matrix, and all else.
 _WORDS, _MATRICES, _SHARE = 0, 4 * _BLOCKS, 4 * _BLOCKS + 6
@@ -105,16 +110,6 @@ def _beta(alpha, spare, k0, k1, low, high, view, draw):  # type: ignore[no-untyp
     return 0.5
 
 
-@njit(inline="always")
-def _compose(m, i, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
-    """A later step acts on the earlier one's output, so its matrix stands to the right."""
-    m00, m01, m10, m11 = m[0, i], m[1, i], m[3, i], m[4, i]
-    m[0, i], m[1, i] = m00 * a + m01 * d, m00 * b + m01 * e
-    m[2, i] += m00 * c + m01 * f
-    m[3, i], m[4, i] = m10 * a + m11 * d, m10 * b + m11 * e
-    m[5, i] += m10 * c + m11 * f
-
-
 @njit(cache=True)
 def _flip(n, u, rows, m):  # type: ignore[no-untyped-def]
     for i in range(rows):
@@ -134,7 +129,7 @@ def _shift(n, u, rows, height, width, m):  # type: ignore[no-untyped-def]
     for i in range(rows):
         right = np.floor(u[0, i] * (2.0 * across + 1.0)) - across
         below = np.floor(u[1, i] * (2.0 * down + 1.0)) - down
-        _compose(m, i, 1.0, 0.0, right, 0.0, 1.0, below)
+        compose(m, i, 1.0, 0.0, right, 0.0, 1.0, below)
 
 
 @njit(cache=True)
@@ -148,7 +143,7 @@ def _crop(n, u, rows, height, width, m):  # type: ignore[no-untyped-def]
         y = min(math.sqrt(area / ratio), 1.0)
         right = (u[2, i] - 0.5) * (1.0 - x) * width
         below = (u[3, i] - 0.5) * (1.0 - y) * height
-        _compose(m, i, x, 0.0, right, 0.0, y, below)
+        compose(m, i, x, 0.0, right, 0.0, y, below)
 
 
 @njit(cache=True)
@@ -161,9 +156,9 @@ def _affine(n, u, rows, height, width, m):  # type: ignore[no-untyped-def]
         below = (2.0 * u[5, i] - 1.0) * n[4] * height
         cosine, sine = cosine_sine(angle)
         cosine, sine = scale * cosine, scale * sine
-        _compose(m, i, cosine, -sine, right, sine, cosine, below)
-        _compose(m, i, 1.0, shear_x, 0.0, 0.0, 1.0, 0.0)
-        _compose(m, i, 1.0, 0.0, 0.0, shear_y, 1.0, 0.0)
+        compose(m, i, cosine, -sine, right, sine, cosine, below)
+        compose(m, i, 1.0, shear_x, 0.0, 0.0, 1.0, 0.0)
+        compose(m, i, 1.0, 0.0, 0.0, shear_y, 1.0, 0.0)
 
 
 @njit(cache=True)
@@ -178,12 +173,43 @@ def _jitter(n, u, rows, slot, floats):  # type: ignore[no-untyped-def]
             slot += 1
 
 
+@njit(inline="always")
+def _entry(u, first, i):  # type: ignore[no-untyped-def]
+    """Which of RandAugment's operations with their signs, 0 to 27."""
+    name = min(np.int64(u[first, i] * RANDAUGMENT), RANDAUGMENT - 1)
+    return 2 * name + (1 if u[first + 2, i] < 0.5 else 0)
+
+
+@njit(cache=True)
+def _begin(ready, steps, k0, k1, columns, rows, u, part, places):  # type: ignore[no-untyped-def]
+    """Each row as no step changes it; or of RandAugment's outcome, where that can be looked up."""
+    doubles = ready.view(np.float64)
+    for step in range(steps):
+        own = doubles[FIRST_LINE + step]
+        if own[STEP_OUTCOMES] == 0.0:
+            continue
+        count = int(own[STEP_NUMBERS])
+        for block in range(count):
+            draw = np.uint64(step) * _DRAWS + np.uint64(block)
+            _fill_block(k0, k1, columns, draw, rows, u, 4 * block)
+        for i in range(rows):
+            places[i] = _entry(u, 0, i)
+        if count == 2:
+            for i in range(rows):
+                places[i] = ENTRIES * places[i] + _entry(u, 4, i)
+        lines = ready[int(own[STEP_LINES]) :]
+        for i in range(rows):
+            copy_line(part, i, lines, places[i])
+        return
+    for i in range(rows):
+        copy_line(part, i, ready, 0)
+
+
 @njit(cache=True)
 def _look_up(u, rows, slot, warps, lines, part, m, small, places, listed):  # type: ignore[no-untyped-def]
     """RandAugment's next operation where its magnitude is fixed."""
     for i in range(rows):
-        name = min(np.int64(u[0, i] * RANDAUGMENT), RANDAUGMENT - 1)
-        places[i] = 2 * name + (1 if u[2, i] < 0.5 else 0)
+        places[i] = _entry(u, 0, i)
     count = 0  # of warps; listed, not branched to, as no such branch can be foreseen
     for i in range(rows):
         place = places[i]
@@ -194,7 +220,7 @@ def _look_up(u, rows, slot, warps, lines, part, m, small, places, listed):  # ty
         i = listed[k]
         w = warps[places[i]]
         small[i, _WARP_AT] = slot
-        _compose(m, i, w[0], w[1], w[2], w[3], w[4], w[5])
+        compose(m, i, w[0], w[1], w[2], w[3], w[4], w[5])
 
 
 @njit(cache=True)
@@ -208,7 +234,7 @@ def _operation(n, wide, u, rows, slot, drawn, height, width, m, floats, small): 
         fill_operation(floats[i], small[i], name, amount, warps, slot, drawn)
         if warps:
             small[i, _WARP_AT] = slot
-            _compose(m, i, a, b, c, d, e, f)
+            compose(m, i, a, b, c, d, e, f)
 
 
 @njit(cache=True)
@@ -284,8 +310,11 @@ def _steps(  # type: ignore[no-untyped-def]
     floats, integers, small = part.view(np.float32), part.view(np.int32), part.view(np.uint8)
     u, m = numbers[_WORDS:_MATRICES], numbers[_MATRICES:_SHARE]
     warped = mixed = False
+    _begin(ready, steps, k0, k1, columns, rows, u, part, columns[_PLACE])
     for step in range(steps):
         own = doubles[FIRST_LINE + step]
+        if own[STEP_OUTCOMES]:
+            continue  # `_begin` has done it
         code, n = int(own[STEP_CODE]), own[STEP_NUMBERS:STEP_SLOT]
         slot, drawn, line = int(own[STEP_SLOT]), int(own[STEP_DRAWN]), int(own[STEP_LINES])
         draw = np.uint64(step) * _DRAWS
@@ -348,13 +377,16 @@ def draw_rows(  # type: ignore[no-untyped-def]
         steps: How many the policy has.
         seed: uint64.
         ids: int64 ``(rows,)``.
-        view: uint64, of all rows where ``views`` is empty.
+        view: Of all rows where ``views`` is empty.
         views: int64, one a row, one a batch, or ``(0,)``.
         partners: int64 ``(rows,)``, places in the batch; or ``(0,)`` for neighbours.
         batch: Rows of a batch; the last may have fewer.
         height: Of the images in pixels.
         width: Of the images in pixels.
         table: uint8 ``(rows, 128)``: is filled.
+
+    Returns:
+        0; or what is unsound: a view that is not from 0 to 2**32 - 1, a partner outside its batch.
     """
     words = table.view(np.int64)
     k0, k1 = seed & _LOW, seed >> _HALF
@@ -362,37 +394,47 @@ def draw_rows(  # type: ignore[no-untyped-def]
     numbers = np.empty((_NUMBERS, _CHUNK))
     columns = np.empty((_INTEGERS, _CHUNK), dtype=np.int64)
     lams = np.empty(_CHUNK, dtype=np.float32)
-    mixes = columns[_MIX]
+    chunk_views, second, mixes = columns[_VIEW], columns[_SECOND], columns[_MIX]
+    unsound = np.uint64(view) >> _HALF
+    for number in views:
+        unsound |= np.uint64(number) >> _HALF
+    if unsound:
+        return UNSOUND_VIEW
     for begin in range(0, total, batch):
         last = min(batch, total - begin) - 1
         for start in range(begin, begin + last + 1, _CHUNK):
             rows = min(_CHUNK, begin + last + 1 - start)
             part = words[start : start + rows]
             first = start - begin
-            for i in range(rows):
-                copy_line(part, i, ready, 0)
-            if views.shape[0] == 0:
+            if views.shape[0] == total:
                 for i in range(rows):
-                    columns[_VIEW, i] = view
-            elif views.shape[0] == total:
-                for i in range(rows):
-                    columns[_VIEW, i] = views[start + i]
+                    chunk_views[i] = views[start + i]
             else:
+                number = np.int64(view) if views.shape[0] == 0 else views[begin // batch]
                 for i in range(rows):
-                    columns[_VIEW, i] = views[begin // batch]
+                    chunk_views[i] = number
             for i in range(rows):
                 sample = np.uint64(ids[start + i])
                 columns[_ID_LOW, i] = sample & _LOW
                 columns[_ID_HIGH, i] = sample >> _HALF
-                partner = min((first + i) ^ 1, last)
-                if partners.shape[0]:
+            if partners.shape[0]:
+                for i in range(rows):
+                    if not 0 <= partners[start + i] <= last:
+                        return UNSOUND_PARTNER
+                for i in range(rows):
                     partner = partners[start + i]
-                columns[_SECOND, i] = columns[_VIEW, i] | (partner << 32)
-                mixes[i] = _ALONE if partner == first + i else 0
+                    second[i] = chunk_views[i] | (partner << 32)
+                    mixes[i] = _ALONE if partner == first + i else 0
+            else:
+                for i in range(rows):
+                    partner = min((first + i) ^ 1, last)
+                    second[i] = chunk_views[i] | (partner << 32)
+                    mixes[i] = _ALONE if partner == first + i else 0
             warped, mixed = _steps(
                 ready, steps, k0, k1, rows, height, width, numbers, columns, lams, part
             )
             _finish(rows, warped, mixed, ids[start : start + rows], numbers, columns, lams, part)
+    return 0
 
 
 @njit(cache=True)
@@ -411,5 +453,4 @@ def _finish(rows, warped, mixed, ids, numbers, columns, lams, part):  # type: ig
             floats[i, _LAM] = lams[i]
             integers[i, _BOX_WORD] = np.int32(columns[_BOX, i])
             integers[i, _BOX_WORD + 1] = np.int32(columns[_BOX, i] >> 32)
-            mix = columns[_MIX, i]
-            small[i, _MIX_BYTE] = 0 if mix == _ALONE else mix
+            small[i, _MIX_BYTE] = columns[_MIX, i] & 3

@@ -18,10 +18,11 @@ from fastscarce.ops import MixedTarget, MixedTopK, TopK
 
 __all__ = ["Plan", "concatenate", "planned"]
 
+_new = object.__new__
 _LAM, _PARTNER = (byte_of(name) // 4 for name in ("lam", "partner"))
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(eq=False, init=False)
 class Plan:
     """A row a result: which images are read is said where the plan is carried out.
 
@@ -35,10 +36,11 @@ class Plan:
     """
 
     image_size: tuple[int, int]
-    version: int
     rows: Tensor = field(repr=False)
     """The table as the kernels read it, uint8 ``(rows, 128)``, on the device of `to`."""
-    _host: Tensor = field(repr=False)
+    version: int = MAPPING_VERSION
+    _host: Tensor | None = field(default=None, repr=False)
+    """The same on the CPU, where ``rows`` are elsewhere."""
 
     def __init__(
         self, table: PlanTable, image_size: tuple[int, int], version: int = MAPPING_VERSION
@@ -52,7 +54,7 @@ class Plan:
         rows = torch.from_numpy(table.view(np.uint8).reshape(len(table), PLAN.itemsize))
         if rows.data_ptr() % 8:
             rows = rows.clone()
-        self.__dict__.update(image_size=image_size, version=version, rows=rows, _host=rows)
+        self.image_size, self.version, self.rows = image_size, version, rows
 
     @functools.cached_property
     def table(self) -> PlanTable:
@@ -60,7 +62,8 @@ class Plan:
 
         See fastscarce/augment/table.py for the fields.
         """
-        return self._host.numpy().view(PLAN)[:, 0]
+        host = self.rows if self._host is None else self._host
+        return host.numpy().view(PLAN)[:, 0]
 
     def __len__(self) -> int:
         return self.rows.shape[0]  # not the table's length: torch.compile knows tensors alone
@@ -78,7 +81,10 @@ class Plan:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """The same plan with what the kernels read on ``device``."""
         rows = self.rows.to(device, non_blocking=non_blocking)
-        return _made(self.image_size, self.version, rows, self._host)
+        plan = planned(rows, self.image_size)
+        plan.version = self.version
+        plan._host = self.rows if self._host is None else self._host
+        return plan
 
     def mixed_target(self, labels: Tensor) -> MixedTarget:
         """The labels of the mixed images.
@@ -146,13 +152,10 @@ class Plan:
 
 
 def planned(rows: Tensor, image_size: tuple[int, int]) -> Plan:
-    """A plan of rows that were drawn, uint8 ``(rows, 128)`` on the CPU."""
-    return _made(image_size, MAPPING_VERSION, rows, rows)
-
-
-def _made(image_size: tuple[int, int], version: int, rows: Tensor, host: Tensor) -> Plan:
-    plan = object.__new__(Plan)
-    plan.__dict__.update(image_size=image_size, version=version, rows=rows, _host=host)
+    """A plan of rows that were drawn, uint8 ``(rows, 128)``, by no more than it takes."""
+    plan = _new(Plan)
+    plan.image_size = image_size
+    plan.rows = rows
     return plan
 
 

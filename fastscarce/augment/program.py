@@ -4,8 +4,10 @@ One array of int64 ``(lines, 16)``, a line as long as a plan's row:
 
 - line 0: a row's bytes where no step touches them,
 - a line a step (see the places below): its code, its numbers, and where its operations are written,
-- for each RandAugment of one magnitude, a line each for its 28 operations (14, each with either
-  sign): the warp, or nothing; then for each of its N draws, 28 lines of bytes to be added to a row.
+- for a RandAugment of one magnitude, a line each for its 28 operations (14, each with either sign):
+  the warp, or nothing; then for each of its N draws, 28 lines of bytes to be added to a row,
+- or, where it is all of the policy's geometry and draws one operation or two, a line for each of
+  its 28 or 784 outcomes: a row's bytes, which come instead of line 0's.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 import numpy as np
 from numba import njit
 
-from fastscarce.augment.table import OPERATIONS, SLOTS, byte_of
+from fastscarce.augment.table import OPERATIONS, byte_of
 
 __all__ = [
     "CODE",
@@ -27,8 +29,10 @@ __all__ = [
     "STEP_DRAWN",
     "STEP_LINES",
     "STEP_NUMBERS",
+    "STEP_OUTCOMES",
     "STEP_SLOT",
     "amount_of",
+    "compose",
     "fill_operation",
     "prepare",
     "warp_of",
@@ -49,7 +53,7 @@ _TRANSLATE_X, _TRANSLATE_Y, _HUE = CODE["translate_x"], CODE["translate_y"], COD
 _JITTER = (_BRIGHTNESS, _CONTRAST, _COLOR, _HUE)
 
 # Places in a step's line: all float64.
-STEP_CODE, STEP_NUMBERS, STEP_SLOT, STEP_DRAWN, STEP_LINES = 0, 1, 6, 7, 8
+STEP_CODE, STEP_NUMBERS, STEP_SLOT, STEP_DRAWN, STEP_LINES, STEP_OUTCOMES = 0, 1, 6, 7, 8, 9
 FIRST_LINE = 1
 """Line of the first step."""
 
@@ -59,8 +63,8 @@ IS_WARP = 6
 _LAM, _MATRIX, _ARGUMENT, _REST, _AMOUNT = (
     byte_of(name) // 4 for name in ("lam", "matrix", "argument", "rest", "amount")
 )
-_OPERATION, _DRAWN, _FILL, _SAMPLING, _BORDER = (
-    byte_of(name) for name in ("operation", "drawn", "fill", "sampling", "border")
+_OPERATION, _DRAWN, _FILL, _SAMPLING, _BORDER, _WARP_AT = (
+    byte_of(name) for name in ("operation", "drawn", "fill", "sampling", "border", "warp_at")
 )
 
 
@@ -117,6 +121,70 @@ def fill_operation(  # type: ignore[no-untyped-def]
         floats[_REST + slot] = 1.0 - amount
 
 
+@njit(inline="always")
+def compose(m, i, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
+    """Matrix ``i`` of ``m``, float64 ``(6, n)``, and after it another one.
+
+    A later step acts on the earlier one's output, so its matrix stands to the right.
+    """
+    m00, m01, m10, m11 = m[0, i], m[1, i], m[3, i], m[4, i]
+    m[0, i], m[1, i] = m00 * a + m01 * d, m00 * b + m01 * e
+    m[2, i] += m00 * c + m01 * f
+    m[3, i], m[4, i] = m10 * a + m11 * d, m10 * b + m11 * e
+    m[5, i] += m10 * c + m11 * f
+
+
+@njit(cache=True)
+def _fill_tables(lines, count, magnitude, slot, drawn, height, width):  # type: ignore[no-untyped-def]
+    """Warps, then the bytes of each draw's operations."""
+    doubles, floats, small = lines.view(np.float64), lines.view(np.float32), lines.view(np.uint8)
+    for entry in range(ENTRIES):
+        name = entry // 2
+        amount = amount_of(name, magnitude / 30.0, entry % 2 == 1, False, height, width)
+        warps, a, b, c, d, e, f = warp_of(name, amount, height, width)
+        warp = doubles[entry]
+        warp[0], warp[1], warp[2], warp[3], warp[4], warp[5] = a, b, c, d, e, f
+        warp[IS_WARP] = 1.0 if warps else 0.0
+        for number in range(count):
+            at = ENTRIES * (1 + number) + entry
+            fill_operation(
+                floats[at], small[at], name, amount, warps, slot + number, drawn + number
+            )
+
+
+@njit(cache=True)
+def _fill_outcomes(lines, count, tables, slot):  # type: ignore[no-untyped-def]
+    """Every outcome's bytes: those of its operations, and of their warps' product."""
+    floats, small, warps = lines.view(np.float32), lines.view(np.uint8), tables.view(np.float64)
+    m = np.empty((6, 1))
+    for outcome in range(ENTRIES**count):
+        m[0, 0] = m[4, 0] = 1.0
+        m[1, 0] = m[2, 0] = m[3, 0] = m[5, 0] = 0.0
+        for number in range(count):
+            entry = (outcome // ENTRIES ** (count - 1 - number)) % ENTRIES
+            for word in range(16):
+                lines[outcome, word] |= tables[ENTRIES * (1 + number) + entry, word]
+            w = warps[entry]
+            if w[IS_WARP]:
+                small[outcome, _WARP_AT] = slot + number
+                compose(m, 0, w[0], w[1], w[2], w[3], w[4], w[5])
+        for place in range(6):
+            floats[outcome, _MATRIX + place] = m[place, 0]
+
+
+@njit(cache=True)
+def _tables_of(program, step):  # type: ignore[no-untyped-def]
+    """How many draws a step has that are looked up; whether all of their outcomes are."""
+    if program[step, 0] != 5 or program[step, 2] != program[step, 3]:
+        return 0, False
+    count = int(program[step, 1])
+    warps = 0
+    for other in range(1, program.shape[0]):
+        code = program[other, 0]
+        warps += int(code <= 3 or code == 5 or code == 6)
+    return count, warps == 1 and count <= 2
+
+
 @njit(cache=True)
 def prepare(program, height, width):  # type: ignore[no-untyped-def]
     """The array for images of one size.
@@ -133,8 +201,9 @@ def prepare(program, height, width):  # type: ignore[no-untyped-def]
     steps = program.shape[0] - 1
     lines = FIRST_LINE + steps
     for step in range(1, steps + 1):
-        if program[step, 0] == 5 and program[step, 2] == program[step, 3]:
-            lines += ENTRIES * (1 + int(program[step, 1]))
+        count, whole = _tables_of(program, step)
+        if count:
+            lines += ENTRIES**count if whole else ENTRIES * (1 + count)
     ready = np.zeros((lines, 16), dtype=np.int64)
     doubles, floats = ready.view(np.float64), ready.view(np.float32)
     small = ready.view(np.uint8)
@@ -155,27 +224,27 @@ def prepare(program, height, width):  # type: ignore[no-untyped-def]
                     small[0, _OPERATION + slot] = _JITTER[kind]
                     slot += 1
         elif code == 5 or code == 6:
-            count = 1 if code == 6 else int(n[0])
-            if code == 6 or n[1] != n[2]:
+            count, whole = _tables_of(program, step)
+            if count == 0:
                 own[STEP_LINES] = 0
+            elif whole:
+                tables = np.zeros((ENTRIES * (1 + count), 16), dtype=np.int64)
+                _fill_tables(tables, count, n[1], slot, drawn, height, width)
+                _fill_outcomes(ready[line : line + ENTRIES**count], count, tables, slot)
+                own[STEP_OUTCOMES] = 1.0
+                floats[0, _MATRIX] = floats[0, _MATRIX + 4] = 0.0
+                line += ENTRIES**count
             else:
-                for entry in range(ENTRIES):
-                    name = entry // 2
-                    amount = amount_of(name, n[1] / 30.0, entry % 2 == 1, False, height, width)
-                    warps, a, b, c, d, e, f = warp_of(name, amount, height, width)
-                    warp = doubles[line + entry]
-                    warp[0], warp[1], warp[2], warp[3], warp[4], warp[5] = a, b, c, d, e, f
-                    warp[IS_WARP] = 1.0 if warps else 0.0
-                    for number in range(count):
-                        at = line + ENTRIES * (1 + number) + entry
-                        fill_operation(
-                            floats[at], small[at], name, amount, warps, slot + number,
-                            drawn + number,
-                        )  # fmt: skip
+                _fill_tables(ready[line:], count, n[1], slot, drawn, height, width)
                 line += ENTRIES * (1 + count)
+            count = 1 if code == 6 else int(n[0])
             slot += count
             drawn += count
+    for step in range(1, steps + 1):
+        if doubles[step, STEP_OUTCOMES]:
+            first = int(doubles[step, STEP_LINES])
+            for outcome in range(ENTRIES ** int(program[step, 1])):
+                for word in range(16):
+                    ready[first + outcome, word] |= ready[0, word]
     return ready
 
-
-assert SLOTS == 4
