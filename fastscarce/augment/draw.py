@@ -106,19 +106,15 @@ def draw_batches(
         raise ValueError(
             f"draw_batches needs batches of one length, the last one's or more, got {lengths}."
         )
+    numbers = _numbers("draw_batches", "sample ids", ids)
     size = checked_size("draw_batches", image_size)
+    views: int | Numbers
     if isinstance(view, Sequence) and any(np.ndim(one) for one in view):
-        views, found = _joined("views", view)
-        if found != lengths:
-            raise ValueError(f"draw_batches needs views for batches of {lengths}, got {found}.")
+        views = _per_row("views", view, lengths)
     else:
-        views = _views("draw_batches", view, (len(lengths),))
-    places = NO_NUMBERS
-    if partners is not None:
-        places, found = _joined("partners", partners)
-        if found != lengths:
-            raise ValueError(f"draw_batches needs partners for batches of {lengths}, got {found}.")
-    rows = _drawn("draw_batches", policy, ids, views, places, lengths[0], seed, size)
+        views = _views("draw_batches", view, (len(lengths),))  # type: ignore[arg-type]
+    places = NO_NUMBERS if partners is None else _per_row("partners", partners, lengths)
+    rows = _drawn("draw_batches", policy, numbers, views, places, lengths[0], seed, size)
     return [planned(part, size) for part in rows.unsafe_split(lengths[0])]
 
 
@@ -145,13 +141,9 @@ def _drawn(
         number, many, partners, batch, *size, rows.numpy(),
     )  # fmt: skip
     if unsound == UNSOUND_VIEW:
-        raise ValueError(
-            f"A view must be from 0 to 4294967295, got {many.min()} to {many.max()}."
-        )
+        raise ValueError(_views_needed(many))
     if unsound == UNSOUND_PARTNER:
-        raise ValueError(
-            _partners_needed(name, batch, f"{partners.min()} to {partners.max()}")
-        )
+        raise ValueError(_partners_needed(name, batch, f"{partners.min()} to {partners.max()}"))
     return rows
 
 
@@ -159,29 +151,38 @@ def _numbers(name: str, of: str, values: npt.ArrayLike) -> Numbers:
     """Whole numbers as int64 in C order."""
     numbers = np.asarray(values)
     if numbers.dtype != np.int64:
-        sound = numbers.dtype.kind in "iu" or numbers.size == 0
-        if not sound or (numbers.dtype == np.uint64 and int(numbers.max(initial=0)) >> 63):
+        whole = numbers.dtype.kind in "iu" or numbers.size == 0
+        large = numbers.dtype.kind == "u" and numbers.size and int(numbers.max()) >> 63
+        if not whole or large:
             raise ValueError(
                 f"{name} needs {of} as whole numbers that int64 holds, got {numbers.dtype}."
             )
-    return np.ascontiguousarray(numbers, dtype=np.int64)
+    return np.asarray(numbers, dtype=np.int64, order="C")
 
 
-def _joined(of: str, batches: Sequence[npt.ArrayLike]) -> tuple[Numbers, list[int]]:
+def _joined(of: str, batches: Sequence[npt.ArrayLike]) -> tuple[npt.NDArray[Any], list[int]]:
     """The numbers of all batches, and how many each has."""
+    numbers: npt.NDArray[Any]
     try:
         numbers = np.concatenate(batches) if len(batches) else NO_NUMBERS
         lengths = [len(batch) for batch in batches]  # type: ignore[arg-type]
     except (TypeError, ValueError):  # they have no length, or not one number of dimensions
-        numbers = np.empty(())
+        numbers, lengths = np.empty(()), []
     if numbers.ndim != 1:
         raise ValueError(
             f"draw_batches needs {of} of shape (rows,), got {[np.shape(b) for b in batches]}."
         )
-    return _numbers("draw_batches", of, numbers), lengths
+    return numbers, lengths
 
 
-def _views(name: str, view: npt.ArrayLike, shape: tuple[int]) -> int | Numbers:
+def _per_row(of: str, batches: Sequence[npt.ArrayLike], lengths: list[int]) -> Numbers:
+    numbers, found = _joined(of, batches)
+    if found != lengths:
+        raise ValueError(f"draw_batches needs {of} for batches of {lengths}, got {found}.")
+    return _numbers("draw_batches", of, numbers)
+
+
+def _views(name: str, view: npt.ArrayLike | int, shape: tuple[int]) -> int | Numbers:
     """One view number, or several; those are looked at where they are read."""
     if isinstance(view, int) and 0 <= view <= 0xFFFFFFFF:  # as almost always
         return view
@@ -190,7 +191,15 @@ def _views(name: str, view: npt.ArrayLike, shape: tuple[int]) -> int | Numbers:
         raise ValueError(
             f"{name} needs one view number, or one a row ({shape[0]}), got {numbers.shape}."
         )
-    return numbers if numbers.shape else np.broadcast_to(numbers, shape).copy()
+    if numbers.shape == shape:
+        return numbers
+    if not 0 <= int(numbers) <= 0xFFFFFFFF:
+        raise ValueError(_views_needed(numbers))
+    return int(numbers)
+
+
+def _views_needed(got: Numbers) -> str:
+    return f"A view must be from 0 to 4294967295, got {got.min()} to {got.max()}."
 
 
 def _partners_needed(name: str, rows: int, got: str) -> str:
@@ -203,7 +212,7 @@ def checked_size(name: str, image_size: int | tuple[int, int]) -> tuple[int, int
     Raises:
         ValueError: They are not from 1 to 32767.
     """
-    pair = (image_size, image_size) if isinstance(image_size, int) else image_size
+    pair: Any = (image_size, image_size) if isinstance(image_size, int) else image_size
     sound = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not sound or not all(isinstance(s, int) and 1 <= s <= 32767 for s in pair):
         raise ValueError(

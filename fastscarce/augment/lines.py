@@ -53,9 +53,7 @@ def _of_lines(typing: Any, change: Callable[[Any, Any, Any], Any], kinds: tuple[
 @intrinsic
 def copy_line(typing, array, line, source, its_line):  # type: ignore[no-untyped-def]
     """``array[line] = source[its_line]``, both int64 ``(lines, 16)``; no bounds are checked."""
-    return _of_lines(
-        typing, lambda builder, first, value: value, (array, line, source, its_line)
-    )
+    return _of_lines(typing, lambda builder, first, value: value, (array, line, source, its_line))
 
 
 @intrinsic

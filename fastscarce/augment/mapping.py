@@ -176,7 +176,7 @@ def _jitter(n, u, rows, slot, floats):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def _entry(u, first, i):  # type: ignore[no-untyped-def]
     """Which of RandAugment's operations with their signs, 0 to 27."""
-    name = min(np.int64(u[first, i] * RANDAUGMENT), RANDAUGMENT - 1)
+    name = min(int(u[first, i] * RANDAUGMENT), RANDAUGMENT - 1)
     return 2 * name + (1 if u[first + 2, i] < 0.5 else 0)
 
 
@@ -360,9 +360,7 @@ def _steps(  # type: ignore[no-untyped-def]
                     lams[i] = 1.0
                     columns[_BOX, i] = 0
             mixed = True
-            _mix(
-                code == 8, n, u, k0, k1, columns, draw, rows, height, width, lams, numbers[_SHARE]
-            )
+            _mix(code == 8, n, u, k0, k1, columns, draw, rows, height, width, lams, numbers[_SHARE])
     return warped, mixed
 
 

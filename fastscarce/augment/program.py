@@ -247,4 +247,3 @@ def prepare(program, height, width):  # type: ignore[no-untyped-def]
                 for word in range(16):
                     ready[first + outcome, word] |= ready[0, word]
     return ready
-
