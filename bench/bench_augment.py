@@ -311,9 +311,8 @@ def measure_drawing(job: str, rows: int, side: int, seconds: float) -> dict[str,
 
 
 def print_drawing(results: list[dict[str, Any]]) -> None:
-    print(
-        f"\n| job | batch | a draw a batch | % | {DRAWN_AT_ONCE} at once | % |\n|---|---|---|---|---|---|"
-    )
+    print(f"\n| job | batch | a draw a batch | % | {DRAWN_AT_ONCE} at once | % |")
+    print("|---|---|---|---|---|---|")
     for result in results:
         cells = [
             f"{result[str(n)]['microseconds']:.0f} us | {100 * result[str(n)]['share']:.1f}"

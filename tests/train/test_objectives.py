@@ -108,7 +108,7 @@ def test_student_loss_is_two_means(
     if probability:
         plan = task.pool.draw(batch.positions, settings.augmentation, batch.view)
         plain = task.pool.carry_out(plan, task.pool.take(batch.positions), model)
-        mixed = task.pool.draw(batch.positions, objective._teaching._mixing, batch.view).table
+        mixed = task.pool.draw(batch.positions, objective._teaching.mixing, batch.view).table
         lam = torch.from_numpy(mixed["lam"].copy())
         partner = torch.arange(24) ^ 1
         for row in range(24):
