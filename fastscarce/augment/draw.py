@@ -56,9 +56,7 @@ def draw(
     Raises:
         ValueError: The policy is unknown, or a view, a partner or the size is out of range.
     """
-    ids = _numbers("draw", "sample_ids", sample_ids)
-    if ids.ndim != 1:
-        raise ValueError(f"draw needs sample_ids of shape (rows,), got {ids.shape}.")
+    ids = checked_ids("draw", sample_ids)
     size = checked_size("draw", image_size)
     views = _views("draw", view, (len(ids),))
     places = NO_NUMBERS
@@ -147,6 +145,18 @@ def _drawn(
     return rows
 
 
+def checked_ids(name: str, sample_ids: npt.ArrayLike) -> Numbers:
+    """Ids, int64 ``(rows,)``.
+
+    Raises:
+        ValueError: They are not.
+    """
+    ids = _numbers(name, "sample_ids", sample_ids)
+    if ids.ndim != 1:
+        raise ValueError(f"{name} needs sample_ids of shape (rows,), got {ids.shape}.")
+    return ids
+
+
 def _numbers(name: str, of: str, values: npt.ArrayLike) -> Numbers:
     """Whole numbers as int64 in C order."""
     numbers = np.asarray(values)
@@ -163,6 +173,10 @@ def _numbers(name: str, of: str, values: npt.ArrayLike) -> Numbers:
 def _joined(of: str, batches: Sequence[npt.ArrayLike]) -> tuple[npt.NDArray[Any], list[int]]:
     """The numbers of all batches, and how many each has."""
     numbers: npt.NDArray[Any]
+    if not hasattr(batches, "__len__"):
+        raise ValueError(
+            f"draw_batches needs {of}, a list of arrays, one a batch, got {type(batches).__name__}."
+        )
     try:
         numbers = np.concatenate(batches) if len(batches) else NO_NUMBERS
         lengths = [len(batch) for batch in batches]  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -45,10 +46,10 @@ class Plan:
     def __init__(
         self, table: PlanTable, image_size: tuple[int, int], version: int = MAPPING_VERSION
     ) -> None:
-        if table.dtype != PLAN or table.ndim != 1:
+        if not isinstance(table, np.ndarray) or table.dtype != PLAN or table.ndim != 1:
+            got = np.asarray(table)
             raise ValueError(
-                f"Plan needs a table of dtype PLAN and shape (rows,), got {table.dtype} "
-                f"{table.shape}."
+                f"Plan needs a table of dtype PLAN and shape (rows,), got {got.dtype} {got.shape}."
             )
         table = np.ascontiguousarray(table)
         rows = torch.from_numpy(table.view(np.uint8).reshape(len(table), PLAN.itemsize))
@@ -140,14 +141,15 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            ValueError: The file is no plan, or its rows are laid out as another version's.
+            ValueError: There is no such file, it is no plan, or its rows are laid out as another
+            version's.
         """
         try:
             with np.load(path, allow_pickle=False) as content:
                 facts = json.loads(str(content["facts"]))
                 height, width = facts["image_size"]
                 return cls(content["table"], (int(height), int(width)), int(facts["version"]))
-        except (KeyError, ValueError, EOFError) as error:
+        except (KeyError, ValueError, EOFError, OSError, BadZipFile) as error:
             raise ValueError(f"Plan.load needs a plan's file, got {path}: {error}") from None
 
 

@@ -69,8 +69,8 @@ class Policy:
                 f"A policy needs sampling of bilinear or nearest, got {self.sampling!r}."
             )
         if self.fill != "reflect":
-            levels = (self.fill,) if isinstance(self.fill, int) else tuple(self.fill)
-            sound = all(isinstance(x, int) and 0 <= x <= 255 for x in levels)
+            levels = self.fill if isinstance(self.fill, tuple) else (self.fill,)
+            sound = all(type(x) is int and 0 <= x <= 255 for x in levels)
             if len(levels) not in (1, 3) or not sound:
                 raise ValueError(
                     "A policy needs a fill of reflect, or of one or three levels from 0 to 255,"
@@ -157,8 +157,9 @@ class Policy:
 
         try:
             content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"A policy needs YAML that can be read: {error}") from None
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"A policy needs YAML text that can be read: {reason}.") from None
         if not isinstance(content, (dict, list)):
             raise ValueError(f"A policy needs a list of steps in its YAML, got {content!r}.")
         return cls.from_dict(content)
@@ -220,7 +221,7 @@ def _named(policy: str) -> Policy:
         )
     chosen = POLICIES[name]
     if numbers:
-        if len(numbers) != 2 or numbers[0] != int(numbers[0]):
+        if len(numbers) != 2 or not numbers[0].is_integer():
             raise ValueError(f"randaugment needs (n, m), got {policy!r}.")
         chosen = replace(chosen, steps=(RandAugment(int(numbers[0]), numbers[1]),))
     for part in added:
