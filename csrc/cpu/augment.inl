@@ -18,13 +18,14 @@ class Renderer {
     static thread_local std::vector<float> numbers;
     static thread_local std::vector<uint32_t> words;
     const size_t needed =
-        size_t(room_ * kBuffers + padded_bytes(call.height, call.width, int64_t(C)));
+        size_t(room_ * (kBuffers + 1) + padded_bytes(call.height, call.width, int64_t(C)));
     if (memory.size() < needed) memory.resize(needed);
     const size_t width = size_t(call.width + kBlock - 1) / kBlock * kBlock;
     if (numbers.size() < width * 6) numbers.resize(width * 6);
     if (words.size() < width * 5) words.resize(width * 5);
     for (int i = 0; i < kBuffers; ++i) buffers_[i] = memory.data() + i * room_;
-    padded_ = memory.data() + room_ * kBuffers;
+    pasted_ = memory.data() + room_ * kBuffers;
+    padded_ = pasted_ + room_;
     numbers_ = numbers.data();
     lines_.x = numbers_, lines_.y = numbers_ + width;
     lines_.across = numbers_ + 3 * width, lines_.down = numbers_ + 4 * width;
@@ -318,6 +319,19 @@ class Renderer {
     const int64_t pitch = int64_t(width) * C;
     const int16_t* const box = plan.box;
     const bool blends = partner && plan.mix == kMixUp;
+    if (call_.dtype != Pixels::uint8 && !blends) {
+      const bool cuts = partner && box[2] > box[0] && box[3] > box[1];
+      const int top = cuts ? box[0] : call_.height, bottom = cuts ? box[2] : call_.height;
+      store_lines(row, 0, top, own);
+      if (!cuts) return;
+      std::memcpy(pasted_, own + top * pitch, size_t((bottom - top) * pitch));
+      for (int y = top; y < bottom; ++y)
+        std::memcpy(pasted_ + (y - top) * pitch + box[1] * C, partner + y * pitch + box[1] * C,
+                    size_t(box[3] - box[1]) * C);
+      store_lines(row, top, bottom, pasted_);
+      store_lines(row, bottom, call_.height, own + bottom * pitch);
+      return;
+    }
     for (int y = 0; y < call_.height; ++y) {
       const uint8_t* line = own + y * pitch;
       const uint8_t* const others = partner ? partner + y * pitch : nullptr;
@@ -329,6 +343,26 @@ class Renderer {
       }
       store_line(row, y, line, blends ? others : nullptr, plan.lam);
     }
+  }
+
+  void store_lines(int64_t row, int first, int end, const uint8_t* from) {
+    if (call_.dtype == Pixels::float32) return store_lines<Pixels::float32>(row, first, end, from);
+    if (call_.dtype == Pixels::bfloat16)
+      return store_lines<Pixels::bfloat16>(row, first, end, from);
+    store_lines<Pixels::float16>(row, first, end, from);
+  }
+
+  template <Pixels D>
+  void store_lines(int64_t row, int first, int end, const uint8_t* from) {
+    const int64_t width = call_.width, area = call_.height * width;
+    const int64_t pixels = (end - first) * width;
+    const int64_t at = row * bytes_ + first * width * (call_.channels_last ? C : 1);
+    const auto to = reinterpret_cast<uintptr_t>(call_.out) + uintptr_t(at) * sizeof(float);
+    const bool stream = call_.stream && to % 32 == 0 && (call_.channels_last || area % 8 == 0);
+    if (call_.channels_last)
+      store_interleaved<C, D>(from, pixels, call_.scale, call_.shift, call_.out, at, stream);
+    else
+      store_planes<C, D>(from, pixels, call_.scale, call_.shift, call_.out, at, area, stream);
   }
 
   void store_line(int64_t row, int y, const uint8_t* line, const uint8_t* others, float lam) {
@@ -388,6 +422,7 @@ class Renderer {
   const int64_t bytes_, room_;
   float* numbers_;  // two lines of planes
   uint8_t* buffers_[kBuffers];
+  uint8_t* pasted_;  // lines with a box of the partner's
   uint8_t* padded_;  // of a warp's source
   Lines lines_;
   // The rows whose renderings still stand.

@@ -4,13 +4,15 @@
 
 constexpr int kBlock = 16;  // pixels that are worked on side by side
 
-// One plane a channel, `pixels` of them. `planes` is channels x `stride`.
-template <int C>
-void to_planes(const uint8_t* __restrict line, int pixels, float* __restrict planes, int stride) {
-  int x = 0;
 #if FS_VECTORS
-  if constexpr (C == 3) {
-    // Sixteen pixels are 48 bytes: each channel's are shuffled out of three registers.
+// Sixteen pixels, by channel: of three channels each one's bytes are shuffled out of 48.
+template <int C>
+inline void part_block(const uint8_t* from, __m128i (&parts)[3]) {
+  const __m128i* const at = reinterpret_cast<const __m128i*>(from);
+  const __m128i a = _mm_loadu_si128(at);
+  if constexpr (C == 1) {
+    parts[0] = a;
+  } else {
     const __m128i of[3][3] = {
         {_mm_setr_epi8(0, 3, 6, 9, 12, 15, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1),
          _mm_setr_epi8(-1, -1, -1, -1, -1, -1, 2, 5, 8, 11, 14, -1, -1, -1, -1, -1),
@@ -21,19 +23,33 @@ void to_planes(const uint8_t* __restrict line, int pixels, float* __restrict pla
         {_mm_setr_epi8(2, 5, 8, 11, 14, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1),
          _mm_setr_epi8(-1, -1, -1, -1, -1, 1, 4, 7, 10, 13, -1, -1, -1, -1, -1, -1),
          _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 3, 6, 9, 12, 15)}};
-    for (; x + kBlock <= pixels; x += kBlock) {
-      const __m128i* const from = reinterpret_cast<const __m128i*>(line + 3 * x);
-      const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
-      const __m128i d = _mm_loadu_si128(from + 2);
-      for (int c = 0; c < 3; ++c) {
-        const __m128i bytes =
-            _mm_or_si128(_mm_or_si128(_mm_shuffle_epi8(a, of[c][0]), _mm_shuffle_epi8(b, of[c][1])),
-                         _mm_shuffle_epi8(d, of[c][2]));
-        float* const to = planes + c * stride + x;
-        _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
-        _mm256_storeu_ps(
-            to + 8, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))));
-      }
+    const __m128i b = _mm_loadu_si128(at + 1), d = _mm_loadu_si128(at + 2);
+    for (int c = 0; c < 3; ++c)
+      parts[c] =
+          _mm_or_si128(_mm_or_si128(_mm_shuffle_epi8(a, of[c][0]), _mm_shuffle_epi8(b, of[c][1])),
+                       _mm_shuffle_epi8(d, of[c][2]));
+  }
+}
+
+inline void float_block(__m128i bytes, __m256& low, __m256& high) {
+  low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+  high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)));
+}
+#endif
+
+// One plane a channel, `pixels` of them. `planes` is channels x `stride`.
+template <int C>
+void to_planes(const uint8_t* __restrict line, int pixels, float* __restrict planes, int stride) {
+  int x = 0;
+#if FS_VECTORS
+  for (; x + kBlock <= pixels; x += kBlock) {
+    __m128i parts[3];
+    part_block<C>(line + C * x, parts);
+    for (int c = 0; c < C; ++c) {
+      __m256 low, high;
+      float_block(parts[c], low, high);
+      _mm256_storeu_ps(planes + c * stride + x, low);
+      _mm256_storeu_ps(planes + c * stride + x + 8, high);
     }
   }
 #endif
@@ -199,6 +215,95 @@ inline void store_floats(const float* __restrict from, void* to, int64_t first, 
 #endif
     for (; i < n; ++i) at[i] = torch::headeronly::Half(from[i]).x;
   }
+}
+
+template <Pixels D>
+void put_one(float value, void* to, int64_t at) {
+  if constexpr (D == Pixels::float32) {
+    static_cast<float*>(to)[at] = value;
+  } else if constexpr (D == Pixels::bfloat16) {  // to nearest, ties to even; there is no NaN here
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    static_cast<uint16_t*>(to)[at] = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  } else {
+    static_cast<uint16_t*>(to)[at] = torch::headeronly::Half(value).x;
+  }
+}
+
+#if FS_VECTORS
+template <Pixels D>
+void put_eight(__m256 values, void* to, int64_t at, bool stream) {
+  if constexpr (D == Pixels::float32) {
+    float* const there = static_cast<float*>(to) + at;
+    stream ? _mm256_stream_ps(there, values) : _mm256_storeu_ps(there, values);
+  } else {
+    __m128i halves;
+    if constexpr (D == Pixels::bfloat16) {
+      const __m256i bits = _mm256_castps_si256(values);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+      const __m256i kept = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+      halves = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+    } else {
+      halves = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(to) + at), halves);
+  }
+}
+#endif
+
+// Pixels as normalised numbers from the `at`-th one on, a plane a channel, `area` numbers apart:
+// levels are read and results written once, with nothing in between.
+template <int C, Pixels D>
+void store_planes(const uint8_t* __restrict from, int64_t pixels, const float* scale,
+                  const float* shift, void* __restrict to, int64_t at, int64_t area,
+                  [[maybe_unused]] bool stream) {
+  int64_t x = 0;
+#if FS_VECTORS
+  for (; x + kBlock <= pixels; x += kBlock) {
+    __m128i parts[3];
+    part_block<C>(from + C * x, parts);
+    for (int c = 0; c < C; ++c) {
+      const __m256 by = _mm256_set1_ps(scale[c]), shifted = _mm256_set1_ps(shift[c]);
+      __m256 low, high;
+      float_block(parts[c], low, high);
+      const int64_t there = at + c * area + x;
+      put_eight<D>(_mm256_fmadd_ps(low, by, shifted), to, there, stream);
+      put_eight<D>(_mm256_fmadd_ps(high, by, shifted), to, there + 8, stream);
+    }
+  }
+#endif
+  for (; x < pixels; ++x)
+    for (int c = 0; c < C; ++c)
+      put_one<D>(normalised(float(from[C * x + c]), scale[c], shift[c]), to, at + c * area + x);
+}
+
+// The same interleaved.
+template <int C, Pixels D>
+void store_interleaved(const uint8_t* __restrict from, int64_t pixels, const float* scale,
+                       const float* shift, void* __restrict to, int64_t at,
+                       [[maybe_unused]] bool stream) {
+  const int64_t numbers = C * pixels;
+  int64_t i = 0;
+#if FS_VECTORS
+  __m256 by[C], shifted[C];  // after 8 C numbers the channels are in step again
+  for (int k = 0; k < C; ++k) {
+    float scales[8], shifts[8];
+    for (int j = 0; j < 8; ++j) {
+      scales[j] = scale[(8 * k + j) % C];
+      shifts[j] = shift[(8 * k + j) % C];
+    }
+    by[k] = _mm256_loadu_ps(scales), shifted[k] = _mm256_loadu_ps(shifts);
+  }
+  for (; i + 8 * C <= numbers; i += 8 * C)
+    for (int k = 0; k < C; ++k) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i + 8 * k));
+      const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+      put_eight<D>(_mm256_fmadd_ps(values, by[k], shifted[k]), to, at + i + 8 * k, stream);
+    }
+#endif
+  for (; i < numbers; ++i)
+    put_one<D>(normalised(float(from[i]), scale[i % C], shift[i % C]), to, at + i);
 }
 
 inline void store_levels(const float* __restrict from, uint8_t* __restrict to, int n) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastscarce.augment.plan import Plan
-from fastscarce.ops.augment import augment
+from fastscarce.ops.augment import augment, check_index, check_result, checked_normalisation
 
 __all__ = ["apply"]
 
@@ -51,6 +51,14 @@ def apply(
         ValueError: A dtype, a shape or a number is none of these, the images have another size
             than the plan, or an index is outside the pool.
     """
+    if not isinstance(plan, Plan):
+        raise ValueError(f"apply needs a Plan, such as draw returns, got {type(plan).__name__}.")
+    for name, given in (("images", images), ("index", index), ("out", out)):
+        if not isinstance(given, Tensor) and (given is not None or name == "images"):
+            raise ValueError(
+                f"apply needs {name} as a tensor, got {type(given).__name__}; torch.as_tensor"
+                " makes one."
+            )
     if images.dim() == 4 and tuple(images.shape[1:3]) != plan.image_size:
         raise ValueError(
             "apply needs images of the plan's size, {}x{}, got {}x{}.".format(
@@ -60,7 +68,7 @@ def apply(
     if executor not in ("native", "kornia"):
         raise ValueError(f"apply needs executor native or kornia, got {executor!r}.")
     if index is not None and not torch.compiler.is_compiling() and not index.is_cuda:
-        _check_index(index, images.shape[0])
+        _check_places(index, images.shape[0])
     if executor == "native":
         rows = plan.rows if plan.rows.device == images.device else plan.rows.to(images.device)
         return augment(
@@ -76,12 +84,18 @@ def apply(
         )
     from fastscarce.augment.kornia import carry_out
 
+    if images.dim() == 4:  # as the native executor refuses them
+        count, height, width, channels = images.shape
+        check_index("apply", index, count, len(plan))
+        shape = (len(plan), channels, height, width)
+        check_result("apply", shape, dtype, layout, colour, out)
+        checked_normalisation("apply", mean, std, channels)
     result = carry_out(plan, images, index=index, mean=mean, std=std, dtype=dtype)
     result = result.contiguous(memory_format=layout)
     return result if out is None else out.copy_(result)
 
 
-def _check_index(index: Tensor, count: int) -> None:
+def _check_places(index: Tensor, count: int) -> None:
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
         raise ValueError(
             f"apply needs an index from 0 to {count - 1}, got {int(index.min())} to"

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from fastscarce.augment.mapping import draw_rows
-from fastscarce.augment.philox import NO_NUMBERS, view_numbers
-from fastscarce.augment.plan import Plan, made
+from fastscarce.augment.mapping import UNSOUND_PARTNER, UNSOUND_VIEW, draw_rows
+from fastscarce.augment.philox import NO_NUMBERS
+from fastscarce.augment.plan import Plan, planned
 from fastscarce.augment.policy import Policy, get_policy
-from fastscarce.augment.table import MAPPING_VERSION, PLAN
+from fastscarce.augment.table import PLAN
 
 __all__ = ["draw", "draw_batches", "neighbours"]
 
-_WORDS = PLAN.itemsize // 8
+Numbers = npt.NDArray[np.int64]
 
 
 def neighbours(rows: int) -> npt.NDArray[np.int64]:
@@ -55,34 +56,37 @@ def draw(
     Raises:
         ValueError: The policy is unknown, or a view, a partner or the size is out of range.
     """
-    ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
-    if ids.ndim != 1:
-        raise ValueError(f"draw needs sample_ids of shape (rows,), got {ids.shape}.")
-    rows = ids.shape[0]
+    ids = checked_ids("draw", sample_ids)
     size = checked_size("draw", image_size)
-    number, views = view_numbers(view, rows)
-    places = NO_NUMBERS if partners is None else _partners(partners, rows)
-    return _drawn(get_policy(policy), ids, number, views, places, rows, seed, size)
+    views = _views("draw", view, (len(ids),))
+    places = NO_NUMBERS
+    if partners is not None:
+        places = _numbers("draw", "partners", partners)
+        if places.shape != ids.shape:
+            raise ValueError(_partners_needed("draw", len(ids), f"shape {places.shape}"))
+    return planned(_drawn("draw", policy, ids, views, places, len(ids), seed, size), size)
 
 
 def draw_batches(
     policy: str | Sequence[Any] | Policy,
     batches: Sequence[npt.ArrayLike],
     *,
-    view: npt.ArrayLike,
+    view: npt.ArrayLike | Sequence[npt.ArrayLike],
     seed: int,
     image_size: int | tuple[int, int],
+    partners: Sequence[npt.ArrayLike] | None = None,
 ) -> list[Plan]:
     """What `draw` draws for each of several batches, at a part of the price.
 
-    A training loop that draws its next 16 batches at once hardly notices it.
+    A training loop that draws its next 64 batches at once hardly notices it.
 
     Args:
         policy: See `draw`.
         batches: Sample ids of each batch, of as many rows each; the last may have fewer.
-        view: View numbers: one for all, or one a batch.
+        view: View numbers: one for all, one a batch, or for each batch one a row.
         seed: See `draw`.
         image_size: See `draw`.
+        partners: For each batch what `draw` takes. None: neighbours.
 
     Returns:
         A `Plan` a batch. They share memory.
@@ -90,12 +94,7 @@ def draw_batches(
     Raises:
         ValueError: As `draw`; or the batches' lengths or the views' number are none of these.
     """
-    parts = [np.asarray(batch, dtype=np.int64) for batch in batches]
-    if any(part.ndim != 1 for part in parts):
-        raise ValueError(
-            f"draw_batches needs sample ids of shape (rows,), got {[p.shape for p in parts]}."
-        )
-    lengths = [len(part) for part in parts]
+    ids, lengths = _joined("sample ids", batches)
     if (
         not lengths
         or min(lengths) < 1
@@ -105,36 +104,120 @@ def draw_batches(
         raise ValueError(
             f"draw_batches needs batches of one length, the last one's or more, got {lengths}."
         )
+    numbers = _numbers("draw_batches", "sample ids", ids)
     size = checked_size("draw_batches", image_size)
-    number, views = view_numbers(view, len(parts))
-    ids = np.concatenate(parts)
-    whole = _drawn(get_policy(policy), ids, number, views, NO_NUMBERS, lengths[0], seed, size)
-    starts = range(0, len(ids), lengths[0])
-    return [
-        made(whole.table[start : start + lengths[0]], size, whole.version, rows)
-        for start, rows in zip(starts, whole.rows.unsafe_split(lengths[0]), strict=True)
-    ]
+    views: int | Numbers
+    if isinstance(view, Sequence) and any(np.ndim(one) for one in view):
+        views = _per_row("views", view, lengths)
+    else:
+        views = _views("draw_batches", view, (len(lengths),))  # type: ignore[arg-type]
+    places = NO_NUMBERS if partners is None else _per_row("partners", partners, lengths)
+    rows = _drawn("draw_batches", policy, numbers, views, places, lengths[0], seed, size)
+    return [planned(part, size) for part in rows.unsafe_split(lengths[0])]
 
 
 def _drawn(
-    policy: Policy,
-    ids: npt.NDArray[np.int64],
-    number: np.uint64,
-    views: npt.NDArray[np.int64],
-    partners: npt.NDArray[np.int64],
+    name: str,
+    policy: str | Sequence[Any] | Policy,
+    ids: Numbers,
+    views: int | Numbers,
+    partners: Numbers,
     batch: int,
     seed: int,
     size: tuple[int, int],
-) -> Plan:
-    # Whole numbers of eight bytes, so that each row lies where the kernels can read it.
-    words = np.empty((len(ids), _WORDS), dtype=np.int64)
-    if len(ids):
-        draw_rows(
-            policy.program, np.uint64(seed & 0xFFFFFFFFFFFFFFFF), ids, number, views, partners,
-            batch, *size, words,
-        )  # fmt: skip
-    rows = words.view(np.uint8)
-    return made(rows.view(PLAN).reshape(-1), size, MAPPING_VERSION, torch.from_numpy(rows))
+) -> Tensor:
+    """Rows of a plan, uint8 ``(rows, 128)``; the compiled loop looks whether numbers are sound."""
+    policy = get_policy(policy)
+    if not isinstance(seed, (int, np.integer)):
+        raise ValueError(f"{name} needs a whole number as its seed, got {seed!r}.")
+    number, many = (views, NO_NUMBERS) if isinstance(views, int) else (0, views)
+    rows = torch.empty((len(ids), PLAN.itemsize), dtype=torch.uint8)
+    if len(ids) == 0:
+        return rows
+    unsound = draw_rows(
+        policy.ready(size), len(policy.steps), np.uint64(int(seed) & 0xFFFFFFFFFFFFFFFF), ids,
+        number, many, partners, batch, *size, rows.numpy(),
+    )  # fmt: skip
+    if unsound == UNSOUND_VIEW:
+        raise ValueError(_views_needed(many))
+    if unsound == UNSOUND_PARTNER:
+        raise ValueError(_partners_needed(name, batch, f"{partners.min()} to {partners.max()}"))
+    return rows
+
+
+def checked_ids(name: str, sample_ids: npt.ArrayLike) -> Numbers:
+    """Ids, int64 ``(rows,)``.
+
+    Raises:
+        ValueError: They are not.
+    """
+    ids = _numbers(name, "sample_ids", sample_ids)
+    if ids.ndim != 1:
+        raise ValueError(f"{name} needs sample_ids of shape (rows,), got {ids.shape}.")
+    return ids
+
+
+def _numbers(name: str, of: str, values: npt.ArrayLike) -> Numbers:
+    """Whole numbers as int64 in C order."""
+    numbers = np.asarray(values)
+    if numbers.dtype != np.int64:
+        whole = numbers.dtype.kind in "iu" or numbers.size == 0
+        large = numbers.dtype.kind == "u" and numbers.size and int(numbers.max()) >> 63
+        if not whole or large:
+            raise ValueError(
+                f"{name} needs {of} as whole numbers that int64 holds, got {numbers.dtype}."
+            )
+    return np.asarray(numbers, dtype=np.int64, order="C")
+
+
+def _joined(of: str, batches: Sequence[npt.ArrayLike]) -> tuple[npt.NDArray[Any], list[int]]:
+    """The numbers of all batches, and how many each has."""
+    numbers: npt.NDArray[Any]
+    if not hasattr(batches, "__len__"):
+        raise ValueError(
+            f"draw_batches needs {of}, a list of arrays, one a batch, got {type(batches).__name__}."
+        )
+    try:
+        numbers = np.concatenate(batches) if len(batches) else NO_NUMBERS
+        lengths = [len(batch) for batch in batches]  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # they have no length, or not one number of dimensions
+        numbers, lengths = np.empty(()), []
+    if numbers.ndim != 1:
+        raise ValueError(
+            f"draw_batches needs {of} of shape (rows,), got {[np.shape(b) for b in batches]}."
+        )
+    return numbers, lengths
+
+
+def _per_row(of: str, batches: Sequence[npt.ArrayLike], lengths: list[int]) -> Numbers:
+    numbers, found = _joined(of, batches)
+    if found != lengths:
+        raise ValueError(f"draw_batches needs {of} for batches of {lengths}, got {found}.")
+    return _numbers("draw_batches", of, numbers)
+
+
+def _views(name: str, view: npt.ArrayLike | int, shape: tuple[int]) -> int | Numbers:
+    """One view number, or several; those are looked at where they are read."""
+    if isinstance(view, int) and 0 <= view <= 0xFFFFFFFF:  # as almost always
+        return view
+    numbers = _numbers(name, "view", view)
+    if numbers.shape not in ((), shape):
+        raise ValueError(
+            f"{name} needs one view number, or one a row ({shape[0]}), got {numbers.shape}."
+        )
+    if numbers.shape == shape:
+        return numbers
+    if not 0 <= int(numbers) <= 0xFFFFFFFF:
+        raise ValueError(_views_needed(numbers))
+    return int(numbers)
+
+
+def _views_needed(got: Numbers) -> str:
+    return f"A view must be from 0 to 4294967295, got {got.min()} to {got.max()}."
+
+
+def _partners_needed(name: str, rows: int, got: str) -> str:
+    return f"{name} needs partners, {rows} places from 0 to {rows - 1}, got {got}."
 
 
 def checked_size(name: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -143,20 +226,11 @@ def checked_size(name: str, image_size: int | tuple[int, int]) -> tuple[int, int
     Raises:
         ValueError: They are not from 1 to 32767.
     """
-    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(pair) != 2 or not all(isinstance(s, int) and 1 <= s <= 32767 for s in pair):
+    pair: Any = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sound = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not sound or not all(isinstance(s, int) and 1 <= s <= 32767 for s in pair):
         raise ValueError(
             f"{name} needs image_size, one side or (height, width) of 1 to 32767 pixels, got"
             f" {image_size!r}."
         )
-    return pair
-
-
-def _partners(partners: npt.ArrayLike, rows: int) -> npt.NDArray[np.int64]:
-    places = np.asarray(partners, dtype=np.int64)
-    if places.shape != (rows,) or (rows and not (places.min() >= 0 and places.max() < rows)):
-        raise ValueError(
-            f"draw needs partners, {rows} places from 0 to {rows - 1}, got shape {places.shape}"
-            + (f" from {places.min()} to {places.max()}." if places.size else ".")
-        )
-    return places
+    return pair[0], pair[1]

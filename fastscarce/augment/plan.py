@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -15,12 +17,13 @@ from torch import Tensor
 from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable, byte_of
 from fastscarce.ops import MixedTarget, MixedTopK, TopK
 
-__all__ = ["Plan", "concatenate"]
+__all__ = ["Plan", "concatenate", "planned"]
 
+_new = object.__new__
 _LAM, _PARTNER = (byte_of(name) // 4 for name in ("lam", "partner"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, init=False)
 class Plan:
     """A row a result: which images are read is said where the plan is carried out.
 
@@ -33,27 +36,35 @@ class Plan:
         ValueError: The table has another dtype or shape.
     """
 
-    table: PlanTable
     image_size: tuple[int, int]
-    version: int = MAPPING_VERSION
-    rows: Tensor = field(init=False, repr=False)
+    rows: Tensor = field(repr=False)
     """The table as the kernels read it, uint8 ``(rows, 128)``, on the device of `to`."""
+    version: int = MAPPING_VERSION
+    _host: Tensor | None = field(default=None, repr=False)
+    """The same on the CPU, where ``rows`` are elsewhere."""
 
-    def __post_init__(self) -> None:
-        table = self.table
-        if table.dtype != PLAN or table.ndim != 1:
+    def __init__(
+        self, table: PlanTable, image_size: tuple[int, int], version: int = MAPPING_VERSION
+    ) -> None:
+        if not isinstance(table, np.ndarray) or table.dtype != PLAN or table.ndim != 1:
+            got = np.asarray(table)
             raise ValueError(
-                f"Plan needs a table of dtype PLAN and shape (rows,), got {table.dtype} "
-                f"{table.shape}."
+                f"Plan needs a table of dtype PLAN and shape (rows,), got {got.dtype} {got.shape}."
             )
-        if not table.flags.c_contiguous:
-            table = np.ascontiguousarray(table)
+        table = np.ascontiguousarray(table)
         rows = torch.from_numpy(table.view(np.uint8).reshape(len(table), PLAN.itemsize))
         if rows.data_ptr() % 8:
             rows = rows.clone()
-            table = rows.numpy().reshape(-1).view(PLAN)
-        object.__setattr__(self, "table", table)
-        object.__setattr__(self, "rows", rows)
+        self.image_size, self.version, self.rows = image_size, version, rows
+
+    @functools.cached_property
+    def table(self) -> PlanTable:
+        """The rows by field, of dtype `PLAN`, ``(rows,)``: the same memory, where it is the CPU's.
+
+        See fastscarce/augment/table.py for the fields.
+        """
+        host = self.rows if self._host is None else self._host
+        return host.numpy().view(PLAN)[:, 0]
 
     def __len__(self) -> int:
         return self.rows.shape[0]  # not the table's length: torch.compile knows tensors alone
@@ -71,7 +82,10 @@ class Plan:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """The same plan with what the kernels read on ``device``."""
         rows = self.rows.to(device, non_blocking=non_blocking)
-        return made(self.table, self.image_size, self.version, rows)
+        plan = planned(rows, self.image_size)
+        plan.version = self.version
+        plan._host = self.rows if self._host is None else self._host
+        return plan
 
     def mixed_target(self, labels: Tensor) -> MixedTarget:
         """The labels of the mixed images.
@@ -127,21 +141,23 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            ValueError: The file is no plan, or its rows are laid out as another version's.
+            ValueError: There is no such file, it is no plan, or its rows are laid out as another
+            version's.
         """
         try:
             with np.load(path, allow_pickle=False) as content:
                 facts = json.loads(str(content["facts"]))
                 height, width = facts["image_size"]
                 return cls(content["table"], (int(height), int(width)), int(facts["version"]))
-        except (KeyError, ValueError, EOFError) as error:
+        except (KeyError, ValueError, EOFError, OSError, BadZipFile) as error:
             raise ValueError(f"Plan.load needs a plan's file, got {path}: {error}") from None
 
 
-def made(table: PlanTable, image_size: tuple[int, int], version: int, rows: Tensor) -> Plan:
-    """A plan of a sound table and of the same table as a tensor."""
-    plan = object.__new__(Plan)
-    plan.__dict__.update(table=table, image_size=image_size, version=version, rows=rows)
+def planned(rows: Tensor, image_size: tuple[int, int]) -> Plan:
+    """A plan of rows that were drawn, uint8 ``(rows, 128)``, by no more than it takes."""
+    plan = _new(Plan)
+    plan.image_size = image_size
+    plan.rows = rows
     return plan
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastscarce.augment.program import prepare
 from fastscarce.augment.steps import (
     STEPS,
     Affine,
@@ -30,6 +31,7 @@ from fastscarce.augment.table import BORDERS, SAMPLINGS, SLOTS
 __all__ = ["POLICIES", "Policy", "get_policy"]
 
 _NUMBERS = 5  # of a step, at most
+_SIZES_KEPT = 16
 _OF_TYPE = {kind: name for name, kind in STEPS.items()}
 
 
@@ -52,7 +54,10 @@ class Policy:
     sampling: Literal["bilinear", "nearest"] = "bilinear"
     fill: int | tuple[int, ...] | Literal["reflect"] = 0
     program: npt.NDArray[np.float64] = field(init=False, repr=False, compare=False)
-    """What the drawing reads: see `fastscarce.augment.mapping.draw_rows`."""
+    """What `ready` is made of: see `fastscarce.augment.program.prepare`."""
+    _ready: dict[tuple[int, int], npt.NDArray[np.int64]] = field(
+        init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(step_from(entry) for entry in self.steps))
@@ -64,8 +69,8 @@ class Policy:
                 f"A policy needs sampling of bilinear or nearest, got {self.sampling!r}."
             )
         if self.fill != "reflect":
-            levels = (self.fill,) if isinstance(self.fill, int) else tuple(self.fill)
-            sound = all(isinstance(x, int) and 0 <= x <= 255 for x in levels)
+            levels = self.fill if isinstance(self.fill, tuple) else (self.fill,)
+            sound = all(type(x) is int and 0 <= x <= 255 for x in levels)
             if len(levels) not in (1, 3) or not sound:
                 raise ValueError(
                     "A policy needs a fill of reflect, or of one or three levels from 0 to 255,"
@@ -78,6 +83,7 @@ class Policy:
             program[place, 0] = step.code
             program[place, 1 : 1 + len(step.numbers)] = step.numbers
         object.__setattr__(self, "program", program)
+        object.__setattr__(self, "_ready", {})
 
     @property
     def fill_levels(self) -> tuple[int, int, int]:
@@ -86,6 +92,22 @@ class Policy:
             return (0, 0, 0)
         levels = (self.fill,) if isinstance(self.fill, int) else tuple(self.fill)
         return (levels[0], levels[-1 if len(levels) == 1 else 1], levels[-1])
+
+    def ready(self, image_size: tuple[int, int]) -> npt.NDArray[np.int64]:
+        """What the drawing reads for images of a size; kept, which changes nothing but the time.
+
+        Args:
+            image_size: Height and width in pixels.
+
+        Returns:
+            int64 ``(lines, 16)``; see fastscarce/augment/program.py.
+        """
+        found = self._ready.get(image_size)
+        if found is None:
+            if len(self._ready) >= _SIZES_KEPT:
+                self._ready.clear()
+            found = self._ready[image_size] = prepare(self.program, *image_size)
+        return found
 
     def without(self, *names: str) -> Policy:
         """The policy without the steps of these names."""
@@ -135,8 +157,9 @@ class Policy:
 
         try:
             content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"A policy needs YAML that can be read: {error}") from None
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"A policy needs YAML text that can be read: {reason}.") from None
         if not isinstance(content, (dict, list)):
             raise ValueError(f"A policy needs a list of steps in its YAML, got {content!r}.")
         return cls.from_dict(content)
@@ -198,7 +221,7 @@ def _named(policy: str) -> Policy:
         )
     chosen = POLICIES[name]
     if numbers:
-        if len(numbers) != 2 or numbers[0] != int(numbers[0]):
+        if len(numbers) != 2 or not numbers[0].is_integer():
             raise ValueError(f"randaugment needs (n, m), got {policy!r}.")
         chosen = replace(chosen, steps=(RandAugment(int(numbers[0]), numbers[1]),))
     for part in added:

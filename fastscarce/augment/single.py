@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastscarce.augment.draw import checked_size, neighbours
-from fastscarce.augment.mapping import warp_of
+from fastscarce.augment.draw import checked_ids, checked_size, neighbours
 from fastscarce.augment.plan import Plan
+from fastscarce.augment.program import warp_of
 from fastscarce.augment.table import MIXES, OPERATIONS, SAMPLINGS, PlanTable, new_table
 
 __all__ = ["plan_of"]
@@ -72,13 +72,13 @@ def plan_of(
             f"plan_of needs one of {', '.join((*OPERATIONS, *_OTHERS))}, got {operation!r}."
         )
     numbers = _magnitudes(name, magnitude)
-    if sampling not in SAMPLINGS or not 0 <= fill <= 255:
+    if sampling not in SAMPLINGS or not (isinstance(fill, int) and 0 <= fill <= 255):
         raise ValueError(
             f"plan_of needs sampling nearest or bilinear and fill from 0 to 255, got {sampling!r}"
-            f" and {fill}."
+            f" and {fill!r}."
         )
     size = checked_size("plan_of", image_size)
-    ids = np.asarray(sample_ids, dtype=np.int64)
+    ids = checked_ids("plan_of", sample_ids)
     table = new_table(len(ids))
     table["id"] = ids
     table["partner"] = neighbours(len(ids))
@@ -103,18 +103,20 @@ def plan_of(
 def _magnitudes(name: str, magnitude: float | Sequence[float]) -> list[float]:
     """One number, or the six of an affine map, each in its range."""
     alone = isinstance(magnitude, (int, float))
-    numbers = [float(magnitude)] if isinstance(magnitude, (int, float)) else list(magnitude)
+    given = [magnitude] if alone else magnitude
+    several = isinstance(given, (list, tuple)) and all(isinstance(x, (int, float)) for x in given)
+    numbers = [float(x) for x in given] if several else []  # type: ignore[union-attr, arg-type]
     if name == "affine":
         if alone or len(numbers) != 6 or not all(abs(x) <= _LARGEST for x in numbers):
             raise ValueError(
                 f"plan_of needs affine by six numbers from {-_LARGEST:g} to {_LARGEST:g}, got"
-                f" {magnitude}."
+                f" {magnitude!r}."
             )
         return numbers
     least, most, unit = _RANGES.get(name, (-math.inf, math.inf, "a number"))
     if not alone or not least <= numbers[0] <= most:
         raise ValueError(
-            f"plan_of needs {name} by {unit} from {least:g} to {most:g}, got {magnitude}."
+            f"plan_of needs {name} by {unit} from {least:g} to {most:g}, got {magnitude!r}."
         )
     return numbers
 

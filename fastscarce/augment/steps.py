@@ -46,16 +46,22 @@ class Step:
             values.extend(value if isinstance(value, (tuple, list)) else (value,))
         return tuple(float(value) for value in values)
 
-    def _range(self, name: str, low: float, high: float) -> None:
+    def _range(self, name: str, low: float, high: float, *, pair: bool | None = False) -> None:
+        """Refuse what isn't a number, or with ``pair`` two rising ones; None: either will do."""
         value = getattr(self, name)
         several = isinstance(value, (tuple, list))
         numbers = list(value) if several else [value]
-        sound = all(
+        sound = pair is None or several == pair
+        sound &= all(
             isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high
             for x in numbers
         )
         if not sound or (several and (len(numbers) != 2 or numbers[0] > numbers[1])):
-            need = "two rising numbers" if several else "a number"
+            need = {
+                False: "a number",
+                True: "two rising numbers",
+                None: "a number or two rising ones",
+            }[pair]
             raise ValueError(
                 f"{type(self).__name__} needs {name}, {need} from {low:g} to {high:g}, got"
                 f" {value!r}."
@@ -108,7 +114,7 @@ class ResizedCrop(Step):
     code = 2
 
     def __post_init__(self) -> None:
-        self._range("scale", 0.001, 1)
+        self._range("scale", 0.001, 1, pair=True)
         self._range("ratio", 1, 100)
 
 
@@ -184,7 +190,7 @@ class RandAugment(Step):
     def __post_init__(self) -> None:
         if isinstance(self.operations, bool) or self.operations not in (1, 2, 3, 4):
             raise ValueError(f"RandAugment needs 1 to 4 operations, got {self.operations!r}.")
-        self._range("magnitude", 0, MAGNITUDES - 1)
+        self._range("magnitude", 0, MAGNITUDES - 1, pair=None)
 
     @property
     def slots(self) -> int:  # type: ignore[override]
@@ -228,7 +234,7 @@ class Erase(Step):
 
     def __post_init__(self) -> None:
         self._range("probability", 0, 1)
-        self._range("area", 0, 1)
+        self._range("area", 0, 1, pair=True)
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,8 @@ class _Mix(Step):
 
     def __post_init__(self) -> None:
         self._range("probability", 0, 1)
-        if not (isinstance(self.alpha, (int, float)) and 0.0 < self.alpha < math.inf):
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not (number and 0.0 < self.alpha < math.inf):
             raise ValueError(
                 f"{type(self).__name__} needs a positive, finite alpha, got {self.alpha!r}."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from fastscarce import _ops  # noqa: F401  loads the kernels
 
-__all__ = ["PLAN_ROW_BYTES", "augment"]
+__all__ = [
+    "PLAN_ROW_BYTES",
+    "augment",
+    "check_index",
+    "check_result",
+    "checked_normalisation",
+]
 
 PLAN_ROW_BYTES = 128
 _PIXELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -71,28 +78,15 @@ def augment(
             f" {tuple(plan.shape)}."
         )
     rows, (count, height, width, channels) = plan.shape[0], images.shape
-    if index is None:
-        if count != rows:
-            raise ValueError(f"augment needs an image a row of the plan, {rows}, got {count}.")
-    elif index.dtype != torch.int64 or index.shape != (rows,):
-        raise ValueError(
-            f"augment needs an int64 index of shape ({rows},), got {index.dtype}"
-            f" {tuple(index.shape)}."
-        )
+    check_index("augment", index, count, rows)
     if len({t.device for t in (images, plan, index, out) if t is not None}) != 1:
         raise ValueError(
             "augment needs images, plan, index and out on one device, got"
             f" {[str(t.device) for t in (images, plan, index, out) if t is not None]}."
         )
-    if dtype not in _PIXELS:
-        raise ValueError(f"augment needs dtype float32, bfloat16, float16 or uint8, got {dtype}.")
-    if layout not in _LAYOUTS:
-        raise ValueError(f"augment needs contiguous_format or channels_last, got {layout}.")
-    if colour not in ("exact", "fast"):
-        raise ValueError(f"augment needs colour of exact or fast, got {colour!r}.")
-    means, deviations = _numbers("mean", mean, channels), _numbers("std", std, channels)
-    if not all(0.0 < d < float("inf") for d in deviations):
-        raise ValueError(f"augment needs positive, finite std, got {std}.")
+    shape = (rows, channels, height, width)
+    check_result("augment", shape, dtype, layout, colour, out)
+    means, deviations = checked_normalisation("augment", mean, std, channels)
     images = images.contiguous()
     plan = plan.contiguous()
     index = None if index is None else index.contiguous()
@@ -101,18 +95,64 @@ def augment(
         pixels = _PIXELS.index(dtype)
         result: Tensor = _augment(images, plan, index, means, deviations, pixels, last, fast)
         return result
-    shape = (rows, channels, height, width)
-    if out.dtype != dtype or out.shape != shape or not out.is_contiguous(memory_format=layout):
-        raise ValueError(
-            f"augment needs out of {shape} in {dtype} and {layout}, got {tuple(out.shape)} in"
-            f" {out.dtype} with strides {out.stride()}."
-        )
     _augment_out(images, plan, index, means, deviations, last, fast, out)
     return out
 
 
-def _numbers(name: str, value: float | Sequence[float], channels: int) -> list[float]:
-    numbers = [float(value)] if isinstance(value, (int, float)) else [float(x) for x in value]
+def check_index(name: str, index: Tensor | None, count: int, rows: int) -> None:
+    """Refuse an index that isn't one place a row, and none where there isn't an image a row."""
+    if index is None:
+        if count != rows:
+            raise ValueError(f"{name} needs an image a row of the plan, {rows}, got {count}.")
+    elif index.dtype != torch.int64 or index.shape != (rows,):
+        raise ValueError(
+            f"{name} needs an int64 index of shape ({rows},), got {index.dtype}"
+            f" {tuple(index.shape)}."
+        )
+
+
+def check_result(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    colour: str,
+    out: Tensor | None,
+) -> None:
+    """Refuse a result that can't be asked for, and an ``out`` that it doesn't fit."""
+    if dtype not in _PIXELS:
+        raise ValueError(f"{name} needs dtype float32, bfloat16, float16 or uint8, got {dtype}.")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"{name} needs contiguous_format or channels_last, got {layout}.")
+    if colour not in ("exact", "fast"):
+        raise ValueError(f"{name} needs colour of exact or fast, got {colour!r}.")
+    if out is None:
+        return
+    if out.dtype != dtype or out.shape != shape or not out.is_contiguous(memory_format=layout):
+        raise ValueError(
+            f"{name} needs out of {shape} in {dtype} and {layout}, got {tuple(out.shape)} in"
+            f" {out.dtype} with strides {out.stride()}."
+        )
+
+
+def checked_normalisation(
+    name: str, mean: float | Sequence[float], std: float | Sequence[float], channels: int
+) -> tuple[list[float], list[float]]:
+    """Mean and std as lists of one number or one a channel."""
+    means, deviations = _numbers(name, "mean", mean, channels), _numbers(name, "std", std, channels)
+    # float32 holds no larger number than 3.4e38: so neither a scale nor a shift overflows.
+    if not all(abs(m) <= 1e6 for m in means):
+        raise ValueError(f"{name} needs a finite mean, in parts of 255 levels, got {mean}.")
+    if not all(1e-30 <= d < math.inf for d in deviations):
+        raise ValueError(f"{name} needs positive, finite std of at least 1e-30, got {std}.")
+    return means, deviations
+
+
+def _numbers(name: str, of: str, value: float | Sequence[float], channels: int) -> list[float]:
+    try:
+        numbers = [float(value)] if isinstance(value, (int, float)) else [float(x) for x in value]
+    except (TypeError, ValueError):
+        numbers = []
     if len(numbers) not in (1, channels):
-        raise ValueError(f"augment needs {name}, one number or {channels}, got {len(numbers)}.")
+        raise ValueError(f"{name} needs {of}, one number or {channels}, got {value!r}.")
     return numbers

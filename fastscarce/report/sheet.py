@@ -61,6 +61,8 @@ def _policy(text: str) -> Policy:
         return Policy.from_yaml(Path(text).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"The policy in {text} can't be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"The policy in {text} can't be read: it is no UTF-8 text.") from None
 
 
 def draw_sheet(

@@ -1,8 +1,8 @@
 """What a step minimises: labels alone, or labels and a teacher's rows.
 
-An objective's batch follows from the step; all it holds is what was decoded ahead. Rows are counted
-over all processes and every process has equally many, so the mean of the processes' means is the
-mean over the batch.
+An objective's batch follows from the step; all it holds is what was drawn and decoded ahead. Rows
+are counted over all processes and every process has equally many, so the mean of the processes'
+means is the mean over the batch.
 """
 
 from __future__ import annotations
@@ -59,22 +59,20 @@ class Supervised:
     def __init__(self, run: Run, pool: Pool, labelled: Positions, settings: StageConfig) -> None:
         self._pool = pool
         self._settings = settings
-        self._policy = with_mixing(settings.augmentation, settings)
         self._stream = _stream(
             run, "batch_size", pool, labelled, settings.batch_size, pairs=mixes(settings)
         )
-        self._feed = Feed(pool, self._stream)
+        self._feed = Feed(pool, self._stream, with_mixing(settings.augmentation, settings))
         self.rows = settings.batch_size
 
     def batch(
         self, model: nn.Module, step: int, piece: int, pieces: int
     ) -> tuple[Tensor, MixedTarget]:
         """Views, float32 ``(rows, C, H, W)``, and their labels."""
-        rows, taken = self._feed(step, piece, pieces)
-        plan = self._pool.draw(rows.positions, self._policy, rows.view, rows.partners)
-        images = self._pool.carry_out(plan, taken, model)
-        labels = self._pool.labels[torch.from_numpy(rows.positions).to(images.device)]
-        return images, plan.mixed_target(labels)
+        fed = self._feed(step, piece, pieces)
+        images = self._pool.carry_out(fed.plan, fed.taken, model)
+        labels = self._pool.labels[torch.from_numpy(fed.rows.positions).to(images.device)]
+        return images, fed.plan.mixed_target(labels)
 
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Mean cross entropy over the rows, float32 scalar in nats."""
@@ -127,7 +125,8 @@ class SelfTraining:
             settings.unlabelled_batch_size,
             pairs=mixes(settings),
         )
-        self._feed = Feed(pool, self._stream)
+        self._pool = pool
+        self._feed = Feed(pool, self._stream, teaching.mixing, views=teaching.cached_views)
         # Labels of the taught images themselves, for the loss that tells the label's class apart.
         self._known = torch.full_like(pool.labels, _NO_LABEL)
         if settings.loss == "dkd":
@@ -137,9 +136,10 @@ class SelfTraining:
     def __call__(self, model: nn.Module, step: int, piece: int, pieces: int) -> Tensor:
         """Weighted sum of the two means, float32 scalar in nats."""
         settings = self._settings
-        batch, taken = self._feed(step, piece, pieces)
-        positions = batch.positions
-        taught, plan, rows = self._teaching.views(batch, taken, model)
+        fed = self._feed(step, piece, pieces)
+        positions, plan = fed.rows.positions, fed.plan
+        taught = self._pool.carry_out(plan, fed.taken, model)
+        rows = self._teaching.rows(fed.rows)
         if self._labelled is None:
             return self._taught_loss(model(taught), positions, plan, rows)
         images, target = self._labelled.batch(model, step, piece, pieces)

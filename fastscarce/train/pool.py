@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -13,16 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastscarce.augment import Plan, Policy, apply, draw, get_policy
+from fastscarce.augment import Plan, Policy, apply, draw, draw_batches, get_policy
 from fastscarce.cache import normalisation
 from fastscarce.data import ImageSet, OnDemand, Pixels, Stream, StreamBatch
 from fastscarce.errors import DataError
 from fastscarce.train.run import Run
 
-__all__ = ["Feed", "Pool", "PoolKind", "Taken", "accuracy", "predict"]
+__all__ = ["Fed", "Feed", "Pool", "PoolKind", "Taken", "accuracy", "predict"]
 
 # Rows of a forward pass; part of the result, since the last bits of a row depend on its batch.
 BATCH = 512
+
+AHEAD = 16  # batches whose plans are drawn at once
 
 Positions = NDArray[np.int64]
 PoolKind = Literal["auto", "off", "host", "device", "disk"]
@@ -101,6 +105,18 @@ class Pool:
             partners=partners,
         )
 
+    def draw_batches(self, batches: Sequence[StreamBatch], policy: str | Policy) -> list[Plan]:
+        """What `draw` says of each of several batches, of their own views and partners."""
+        _, height, width, _ = self.pixels.shape
+        return draw_batches(
+            self.policy(policy),
+            [self.ids[batch.positions] for batch in batches],
+            view=[batch.view for batch in batches],
+            seed=self.seed,
+            image_size=(height, width),
+            partners=[batch.partners for batch in batches],
+        )
+
     def whole(self) -> Tensor:
         """All images on the device, for what reads any of them by place.
 
@@ -169,42 +185,79 @@ class Taken:
     index: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Fed:
+    """What a step needs of its images.
+
+    Attributes:
+        rows: Which they are.
+        plan: What is done to them.
+        taken: The images.
+    """
+
+    rows: StreamBatch
+    plan: Plan
+    taken: Taken
+
+
 class Feed:
-    """The images of a stream's steps, decoded ahead while steps follow each other.
+    """The images of a stream's steps, drawn and decoded ahead while steps follow each other.
+
+    What a step gets follows from its number alone; all that is held is what comes next.
 
     Args:
         pool: Where they come from.
         stream: Says which they are.
+        policy: What is done to them.
+        views: After how many views of an image the first comes again. None: never.
     """
 
-    def __init__(self, pool: Pool, stream: Stream) -> None:
+    def __init__(
+        self, pool: Pool, stream: Stream, policy: str | Policy, *, views: int | None = None
+    ) -> None:
         self._pool = pool
         self._stream = stream
+        self._policy = policy
+        self._views = views
+        self._drawn: deque[tuple[StreamBatch, Plan]] = deque()
+        self._pieces: Iterator[StreamBatch] | None = None
         self._coming: Iterator[Taken] | None = None
         self._next: tuple[int, int, int] | None = None
 
-    def __call__(self, step: int, piece: int, pieces: int) -> tuple[StreamBatch, Taken]:
-        """A piece of a step's rows, and their images."""
-        rows = self._stream.batch(step).piece(piece, pieces)
-        if not isinstance(self._pool.pixels, OnDemand):
-            return rows, self._pool.take(rows.positions)
-        if self._coming is None or self._next != (step, piece, pieces):
-            self._coming = self._pool.ahead(
-                self._positions(step, piece, pieces), len(rows.positions)
-            )
+    def __call__(self, step: int, piece: int, pieces: int) -> Fed:
+        """A piece of a step's rows, their plan and their images."""
+        if self._pieces is None or self._next != (step, piece, pieces):
+            self.close()
+            self._pieces = self._from(step, piece, pieces)
+        if not self._drawn:
+            rows = list(islice(self._pieces, AHEAD))
+            plans = self._pool.draw_batches(rows, self._policy)
+            self._drawn.extend(zip(rows, plans, strict=True))
+        own, plan = self._drawn.popleft()
+        if isinstance(self._pool.pixels, OnDemand):
+            if self._coming is None:
+                positions = (rows.positions for rows in self._from(step, piece, pieces))
+                self._coming = self._pool.ahead(positions, len(own.positions))
+            taken = next(self._coming)
+        else:
+            taken = self._pool.take(own.positions)
         following = (step, piece + 1, pieces) if piece + 1 < pieces else (step + 1, 0, pieces)
         self._next = following
-        return rows, next(self._coming)
+        return Fed(own, plan, taken)
 
     def close(self) -> None:
-        """End the processes that decode ahead."""
-        self._coming = self._next = None
+        """Forget what comes next, and end the processes that decode ahead."""
+        self._coming = self._pieces = self._next = None
+        self._drawn.clear()
 
-    def _positions(self, step: int, piece: int, pieces: int) -> Iterator[Positions]:
+    def _from(self, step: int, piece: int, pieces: int) -> Iterator[StreamBatch]:
+        """Pieces without end."""
         while True:
             batch = self._stream.batch(step)
+            if self._views is not None:
+                batch = replace(batch, view=batch.view % self._views)
             for number in range(piece, pieces):
-                yield batch.piece(number, pieces).positions
+                yield batch.piece(number, pieces)
             step, piece = step + 1, 0
 
 

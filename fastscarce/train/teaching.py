@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastscarce.augment import CutMix, Plan, Policy, get_policy
 from fastscarce.cache import Layout, Teacher, decode, pack
@@ -17,7 +17,7 @@ from fastscarce.data import StreamBatch
 from fastscarce.errors import CacheError, ConfigError
 from fastscarce.ops import MixedTarget, MixedTopK, TopK
 from fastscarce.pseudo import PseudoLabels
-from fastscarce.train.pool import Pool, Positions, Taken
+from fastscarce.train.pool import Pool, Positions
 
 __all__ = ["LabelRows", "Source", "Teaching", "label_teaching", "with_mixing"]
 
@@ -88,35 +88,25 @@ class Teaching:
             raise ConfigError("Distillation needs a table of rows or a teacher, got neither.")
         self.lessons = lessons
         self.layout = chosen
+        self.mixing = mixing
+        self.cached_views = views
         self.filled = 0
         """Rows that the teacher was asked for because the source lacked them."""
         self._pool = pool
         self._policy = policy
-        self._mixing = mixing
         self._source = source
         self._live = live
-        self._views = views
 
-    def views(
-        self, batch: StreamBatch, taken: Taken, model: nn.Module
-    ) -> tuple[Tensor, Plan, TopK]:
-        """The student's views, how they were mixed, and rows of the unmixed ones.
+    def rows(self, batch: StreamBatch) -> TopK:
+        """What the teacher says of the unmixed views, a row a row on the pool's device.
 
         Args:
-            batch: Which images; its views say how often each was seen before.
-            taken: The images.
-            model: The student, whose normalisation is used.
-
-        Returns:
-            float32 ``(rows, C, H, W)``, the plan, and a row a row on the same device.
+            batch: Which images, and which view of each.
 
         Raises:
             CacheError: Rows are missing and there is no teacher to ask.
         """
-        number = batch.view if self._views is None else batch.view % self._views
-        plan = self._pool.draw(batch.positions, self._mixing, number, batch.partners)
-        images = self._pool.carry_out(plan, taken, model)
-        return images, plan, decode(self._records(batch.positions, number), self.layout)
+        return decode(self._records(batch.positions, batch.view), self.layout)
 
     def _records(self, positions: Positions, view: Positions) -> Tensor:
         if self._source is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,8 @@ from fastscarce.augment import (
     draw_batches,
     neighbours,
 )
+from fastscarce.augment.elementary import cosine_sine, exponential
+from fastscarce.augment.steps import Step
 
 ROWS = 7000
 SURE = 1e-3  # a distribution is refused at this level; draws are fixed, so it never flickers
@@ -295,11 +299,66 @@ def test_several_batches_are_drawn_as_each(lengths: list[int]) -> None:
         ([[[1, 2]]], 0, r"of shape \(rows,\), got \[\(1, 2\)\]"),
         ([[1, 2], [3, 4]], [0, 1, 2], r"one view number, or one a row \(2\)"),
         ([[1, 2], [3, 4]], [0, 2**32], "view must be from 0 to 4294967295, got 0 to 4294967296"),
+        ([[1, 2], [3, 4]], [[0, 1], [2, -1]], "view must be from 0 to 4294967295, got -1 to 2"),
+        ([[1, 2], [3, 4]], [[0, 1], [2]], r"views for batches of \[2, 2\], got \[2, 1\]"),
+        ([[1, 2], [3, 4]], [[0, 1], 2], r"views of shape \(rows,\)"),
+        ([[1, 2], [3, 4.5]], 0, "whole numbers that int64 holds, got float64"),
+        ([1, 2], 0, r"of shape \(rows,\), got \[\(\), \(\)\]"),
+        (3, 0, "a list of arrays, one a batch, got int"),
     ],
 )
 def test_batches_that_are_refused(batches: list[list[int]], view: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_batches("weak", batches, view=view, seed=0, image_size=8)  # type: ignore[arg-type]
+
+
+def test_batches_have_views_and_partners_of_their_own() -> None:
+    """As a stream deals them: batches that span an epoch's end, and rows without a partner."""
+    draws = np.random.default_rng(0)
+    batches = [draws.integers(-(2**62), 2**62, rows) for rows in (9, 9, 4)]
+    views = [draws.integers(0, 2**32, len(batch)) for batch in batches]
+    partners = [draws.integers(0, len(batch), len(batch)) for batch in batches]
+    facts: dict[str, Any] = {"seed": 2, "image_size": 24}
+    plans = draw_batches("strong+cutmix", batches, view=views, partners=partners, **facts)
+    for plan, ids, view, places in zip(plans, batches, views, partners, strict=True):
+        alone = draw("strong+cutmix", ids, view=view, partners=places, **facts)
+        assert np.array_equal(plan.table, alone.table)
+    partners[2][0] = 4
+    for given, message in (
+        (partners, "draw_batches needs partners, 9 places from 0 to 8, got 0 to 8"),
+        (partners[:2], r"partners for batches of \[9, 9, 4\], got \[9, 9\]"),
+        (3, "partners, a list of arrays, one a batch, got int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_batches("weak", batches, view=0, partners=given, **facts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("others", [(), (Flip(),), (Jitter(0.3),)])
+def test_randaugment_looked_up_is_randaugment_computed(
+    steps: int, others: tuple[Step, ...]
+) -> None:
+    """One magnitude is looked up; a range of hardly more than one is computed a row."""
+    rows = [
+        table(*others, RandAugment(steps, magnitude), CutMix(), rows=2000, size=(21, 40))
+        for magnitude in (9, (9, np.nextafter(9, 10)))
+    ]
+    for field in ("operation", "drawn", "box", "mix", "warp_at", "lam"):
+        assert np.array_equal(rows[0][field], rows[1][field])
+    for field in ("matrix", "argument", "rest", "amount"):
+        assert np.allclose(rows[0][field], rows[1][field], rtol=1e-6, atol=1e-6)
+
+
+def test_elementary_functions() -> None:
+    x = np.concatenate([np.linspace(-4, 4, 4001), np.pi * np.arange(-4, 5) / 2])
+    for value in x:
+        cosine, sine = cosine_sine(value)
+        assert abs(cosine - math.cos(value)) <= 2**-53
+        assert abs(sine - math.sin(value)) <= 2**-53
+        assert abs(exponential(value) / math.exp(value) - 1.0) <= 2**-52
+    # Zeros of these are tiny numbers, as the argument is rounded: they are kept to float32.
+    assert np.float32(cosine_sine(math.pi / 2)[0]) == np.float32(math.cos(math.pi / 2))
+    assert np.float32(cosine_sine(math.pi)[1]) == np.float32(math.sin(math.pi))
 
 
 @pytest.mark.parametrize("policy", ["strong", "weak", "randaugment(2, 9)"])
@@ -386,8 +445,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert np.array_equal(back.table, plan.table)
     assert (back.image_size, back.version) == (plan.image_size, plan.version)
     (tmp_path / "no.npz").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
-        Plan.load(tmp_path / "no.npz")
+    for path in (tmp_path / "no.npz", tmp_path / "none.npz"):
+        with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
+            Plan.load(path)
 
 
 def test_two_views_of_one_call() -> None:
@@ -410,6 +470,18 @@ def test_two_views_of_one_call() -> None:
         ({"image_size": 0}, "image_size"),
         ({"image_size": (3, 4, 5)}, "image_size"),
         ({"sample_ids": [[1]]}, r"sample_ids of shape \(rows,\)"),
+        ({"sample_ids": [1.5, 2.0]}, "sample_ids as whole numbers that int64 holds, got float64"),
+        (
+            {"sample_ids": np.array([2**63], np.uint64)},
+            "sample_ids as whole numbers that int64 holds, got uint64",
+        ),
+        ({"sample_ids": [2**70, 1]}, "sample_ids as whole numbers that int64 holds, got object"),
+        ({"view": [0, -3]}, "view must be from 0 to 4294967295, got -3 to 0"),
+        ({"view": 0.5}, "view as whole numbers"),
+        ({"image_size": 8.0}, "image_size, one side or .*got 8.0"),
+        ({"image_size": None}, "image_size, one side or .*got None"),
+        ({"seed": 1.5}, "a whole number as its seed, got 1.5"),
+        ({"partners": [0.0, 1.0]}, "partners as whole numbers"),
     ],
 )
 def test_refusals(change: dict[str, object], message: str) -> None:
@@ -417,5 +489,6 @@ def test_refusals(change: dict[str, object], message: str) -> None:
         "sample_ids": [1, 2], "view": 0, "seed": 0, "image_size": 8, **change
     }  # fmt: skip
     ids = arguments.pop("sample_ids")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         draw("weak", ids, **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

@@ -121,6 +121,25 @@ def test_refusals(executor: str) -> None:
         apply(plan, images, index=torch.tensor([0, 2]), executor=executor)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mean, one number or 3"):
         apply(plan, images, mean=(0.5, 0.5), executor=executor)  # type: ignore[arg-type]
+    changes: dict[str, tuple[object, str]] = {
+        "mean": (float("nan"), "a finite mean"),
+        "std": (0.0, "positive, finite std"),
+        "dtype": (torch.float64, "dtype float32"),
+        "layout": (torch.preserve_format, "channels_last"),
+        "colour": ("slow", "exact or fast"),
+        "index": ([0, 1], "index as a tensor, got list"),
+        "out": (torch.empty(5, 2, 3, 8, 8), "needs out of"),
+    }
+    for name, (value, message) in changes.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            apply(plan, images, executor=executor, **{name: value})  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="int64 index"):
+        apply(plan, images, index=torch.tensor([0, 1]).int(), executor=executor)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images as a tensor, got ndarray; torch\.as_tensor"):
+        apply(plan, images.numpy(), executor=executor)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs a Plan, such as draw returns, got ndarray"):
+        apply(plan.table, images, executor=executor)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="executor native or kornia, got 'dali'"):
         apply(plan, images, executor="dali")  # type: ignore[arg-type]
 

@@ -57,7 +57,8 @@ def test_names_with_numbers_and_additions() -> None:
         ("randaugment(2)", r"randaugment needs \(n, m\)"),
         ("randaugment(2.5, 9)", r"randaugment needs \(n, m\)"),
         ("randaugment(5, 9)", "1 to 4 operations, got 5"),
-        ("randaugment(2, 31)", "magnitude, a number from 0 to 30, got 31"),
+        ("randaugment(2, 31)", "magnitude, a number or two rising ones from 0 to 30, got 31"),
+        ("randaugment(inf, 9)", r"randaugment needs \(n, m\)"),
         ("weak+blur", r"\+ adds one of cutmix"),
         ("strong!", "policy needs a name"),
         (["blur"], "needs steps of flip, .*, got 'blur'"),
@@ -73,11 +74,19 @@ def test_names_with_numbers_and_additions() -> None:
         ({"steps": [], "fill": [1, 2]}, "one or three levels"),
         ([{"jitter": {"brightness": 2}}], "brightness, a number from 0 to 1"),
         ([{"affine": {"rotate": -1}}], "rotate, a number from 0 to 180"),
+        ([{"affine": {"rotate": [1, 2]}}], r"rotate, a number from 0 to 180, got \(1, 2\)"),
+        ([{"flip": {"probability": [0, 1]}}], r"probability, a number from 0 to 1, got \(0, 1\)"),
+        ([{"erase": {"area": 0.1}}], "area, two rising numbers from 0 to 1, got 0.1"),
+        ([{"resized_crop": {"scale": 0.5}}], "scale, two rising numbers"),
+        ([{"mixup": {"alpha": True}}], "positive, finite alpha, got True"),
+        ({"steps": [], "fill": None}, "levels from 0 to 255, got None"),
+        ({"steps": [], "fill": 1.5}, "levels from 0 to 255, got 1.5"),
     ],
 )
 def test_refusals(policy: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         get_policy(policy)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
 
 
 def test_more_operations_than_a_row_holds() -> None:
@@ -86,10 +95,14 @@ def test_more_operations_than_a_row_holds() -> None:
     assert len(Policy((Jitter(0.1, 0.1), RandAugment(2), Affine(rotate=3))).steps) == 3
 
 
-@pytest.mark.parametrize("text", ["3", "'weak'", "a: b: c", "[{flip: {probability: x}}]"])
+@pytest.mark.parametrize(
+    "text",
+    ["3", "'weak'", "a: b: c", "[{flip: {probability: x}}]", "a: [", "- {[1]: 2}", b"\xff", None],
+)
 def test_yaml_that_is_no_policy(text: str) -> None:
-    with pytest.raises(ValueError, match=r"needs"):
+    with pytest.raises(ValueError, match=r"needs.*\.$") as caught:
         Policy.from_yaml(text)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_step_has_its_own_code() -> None:

@@ -74,11 +74,17 @@ def test_an_affine_map_is_what_its_numbers_say() -> None:
         ("affine", {"magnitude": (1, 0, 0, 0, 1, np.inf)}, "affine by six numbers"),
         ("flip", {"sampling": "cubic"}, "sampling nearest or bilinear"),
         ("flip", {"fill": 256}, "fill from 0 to 255"),
+        ("flip", {"fill": "black"}, "fill from 0 to 255, got 'nearest' and 'black'"),
         ("flip", {"image_size": 0}, "plan_of needs image_size"),
+        ("flip", {"sample_ids": [0.5]}, "sample_ids as whole numbers that int64 holds"),
+        ("flip", {"sample_ids": [[0]]}, r"sample_ids of shape \(rows,\), got \(1, 1\)"),
+        ("rotate", {"magnitude": None}, "rotate by degrees from -360 to 360, got None"),
+        ("rotate", {"magnitude": "5"}, "rotate by degrees from -360 to 360, got '5'"),
+        ("affine", {"magnitude": ["a"] * 6}, "affine by six numbers"),
     ],
 )
 def test_refusals(operation: str, change: dict[str, object], message: str) -> None:
-    arguments = {"image_size": 8, **change}
+    arguments = {"sample_ids": [0], "image_size": 8, **change}
     with pytest.raises(ValueError, match=message) as caught:
-        plan_of(operation, [0], **arguments)  # type: ignore[arg-type]
+        plan_of(operation, **arguments)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

@@ -305,7 +305,9 @@ def test_a_dense_teacher_never_appears(task: Task, table: Path, probability: flo
         batch = StreamBatch(taught.lessons[:24], epoch=none, view=none, partners=place ^ 1)
         taken = task.pool.take(batch.positions)
         with Made() as made:
-            _, plan, rows = taught.views(batch, taken, model)
+            plan = task.pool.draw(batch.positions, taught.mixing, batch.view, batch.partners)
+            task.pool.carry_out(plan, taken, model)
+            rows = taught.rows(batch)
             said = mixed_rows(rows, plan)
         assert isinstance(said, MixedTopK if probability else TopK)
     assert (24, 5) in made.shapes

@@ -14,14 +14,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fastscarce.config import DataConfig, ModelConfig, RunConfig, StageConfig, StudentConfig
-from fastscarce.data import partner_ids
+from fastscarce.data import Stream, partner_ids
 from fastscarce.errors import ConfigError
 from fastscarce.ops import MixedTarget, topk
 from fastscarce.pseudo import from_logits, select
 from fastscarce.train.objectives import SelfTraining, Supervised
+from fastscarce.train.pool import AHEAD, Feed
 from fastscarce.train.run import Run, derive_seed, open_run
 from fastscarce.train.task import Task, prepare
-from fastscarce.train.teaching import label_teaching, mixed_log_probs
+from fastscarce.train.teaching import label_teaching, mixed_log_probs, with_mixing
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_student_loss_is_two_means(
     if probability:
         plan = task.pool.draw(batch.positions, settings.augmentation, batch.view)
         plain = task.pool.carry_out(plan, task.pool.take(batch.positions), model)
-        mixed = task.pool.draw(batch.positions, objective._teaching._mixing, batch.view).table
+        mixed = task.pool.draw(batch.positions, objective._teaching.mixing, batch.view).table
         lam = torch.from_numpy(mixed["lam"].copy())
         partner = torch.arange(24) ^ 1
         for row in range(24):
@@ -158,6 +159,25 @@ def test_mixed_rows_are_the_dense_mixture(task: Task) -> None:
     dense = share * own.double().exp() + (1 - share) * other.double().exp()
     torch.testing.assert_close(mixed.double().exp(), dense, rtol=1e-5, atol=1e-7)
     assert not bool(torch.isnan(mixed).any())
+
+
+def test_what_is_drawn_ahead_is_what_the_step_says(task: Task) -> None:
+    """In order, again, back and ahead, and after a change of pieces: a resumed run asks so."""
+    stream = Stream(task.split.labelled, seed=3, batch_size=12, pairs=True)
+    policy = with_mixing("standard", StageConfig(cutmix_probability=1.0))
+    feed = Feed(task.pool, stream, policy, views=2)
+    calls = [(step, piece, 3) for step in range(8) for piece in range(3)]
+    calls += [(20, 0, 1), (20, 0, 1), (4, 1, 2), (5, 0, 2), (0, 0, 3)]
+    assert len(calls) > AHEAD
+    for step, piece, pieces in calls:
+        fed = feed(step, piece, pieces)
+        rows = stream.batch(step).piece(piece, pieces)
+        assert np.array_equal(fed.rows.positions, rows.positions)
+        assert np.array_equal(fed.rows.view, rows.view % 2)
+        plan = task.pool.draw(rows.positions, policy, rows.view % 2, rows.partners)
+        assert np.array_equal(fed.plan.table, plan.table)
+        assert np.array_equal(task.pool.ids[rows.positions], plan.table["id"])
+    feed.close()
 
 
 def test_about_the_asked_part_of_the_views_is_mixed(task: Task, model: torch.nn.Module) -> None:
