@@ -30,4 +30,3 @@ def _denormals() -> Iterator[None]:
     """A training run flushes them to zero, in its process for good."""
     yield
     torch.set_flush_denormal(False)
-
