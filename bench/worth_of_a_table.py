@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="idx:/usr/share/datasets/fashion-mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="of every training")
+    parser.add_argument("--steps", type=int, default=2000, help="of every training")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     arguments = parser.parse_args()
     found: list[dict[str, float]] = []
