@@ -76,6 +76,8 @@ inline KdTotals totals(const KdCall& call, int64_t begin, int64_t end) {
 template <class V, class Exponential>
 struct Kd;  // kd_loss.inl: one row at a time
 template <class V, class Exponential>
+struct KdParts;  // kd_parts.inl: parts of a row on different threads
+template <class V, class Exponential>
 struct Lanes;  // kd_lanes.inl: one row a lane
 template <class V, class Exponential>
 struct TopKRows;  // kd_topk.inl: teachers of which the largest classes are known

@@ -102,17 +102,14 @@ void run_rows(const KdCall& call, const KdKernels& run, const RowStatistics* sta
           0, call.rows, 1, [&](int64_t begin, int64_t end) { statistics->rows(begin, end); });
     const int64_t parts = threads;
     constexpr size_t line = 64 / sizeof(double);
-    std::vector<double> memory(size_t(run.workspace_bytes(call, parts)) / sizeof(double) + line);
+    std::vector<double> memory(size_t(run.workspace_bytes(call)) / sizeof(double) + line);
     // From a line's beginning.
     double* const workspace =
         memory.data() + (line - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(double) % line);
     const int64_t items = call.rows * parts;
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      run.part_statistics(call, parts, workspace, begin, end);
-    });
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      run.part_gradients(call, parts, workspace, begin, end);
-    });
+    for (const auto of : {run.part_maxima, run.part_statistics, run.part_gradients})
+      torch::stable::parallel_for(
+          0, items, 1, [&](int64_t begin, int64_t end) { of(call, parts, workspace, begin, end); });
     return;
   }
   // Blocks of 16 rows keep the lanes of every thread but the last full.

@@ -65,8 +65,10 @@ struct KdKernels {
   KdTotals (*totals)(const KdCall&, int64_t begin, int64_t end);
   void (*rows)(const KdCall&, int64_t begin, int64_t end);
   // A few wide rows: `parts` equal parts of each, parts of a row on different threads. `workspace`
-  // holds workspace_bytes. First statistics of (row, part) items, then gradients of the same items.
-  int64_t (*workspace_bytes)(const KdCall&, int64_t parts);
+  // holds workspace_bytes. First maxima of (row, part) items, then statistics, then gradients of
+  // the same items.
+  int64_t (*workspace_bytes)(const KdCall&);
+  void (*part_maxima)(const KdCall&, int64_t parts, void* workspace, int64_t begin, int64_t end);
   void (*part_statistics)(const KdCall&, int64_t parts, void* workspace, int64_t begin,
                           int64_t end);
   void (*part_gradients)(const KdCall&, int64_t parts, void* workspace, int64_t begin, int64_t end);

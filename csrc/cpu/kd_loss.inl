@@ -1,5 +1,4 @@
-// Body of the distillation loss on a CPU: one pass over student and teacher, one write of the
-// gradient.
+// Body of the distillation loss on a CPU: student and teacher read once, one write of the gradient.
 //
 // A row is cut into chunks of at most 1024 logits. A chunk comes from memory once and stays in L1
 // for its two sweeps: maxima, then exponentials and their sums relative to the maxima so far.
@@ -8,8 +7,7 @@
 // e^s = (e^(s/T))^T, any other T takes a third. DRAM traffic is the least there is: student and
 // teacher read once, the gradient written once (past the caches where the call asks).
 //
-// Included inside the namespace of an instruction set, after kd_row.h, a vec_*.inl, convert.inl,
-// kd_label.inl, kd_scale.inl and pending.inl.
+// Included in the namespace of an instruction set, after kd_label.inl, kd_scale.inl, pending.inl.
 
 template <class V, class Exponential>
 struct Kd {
@@ -68,6 +66,11 @@ struct Kd {
       if (part.student_sum != 0) student = part.student_max;
       if (part.teacher_sum != 0) teacher = part.teacher_max;
     }
+    // The same from a chunk's own maxima.
+    void take(const Reference& top) {
+      if (top.student != A(-INFINITY)) student = maximum(student, top.student);
+      if (top.teacher != A(-INFINITY)) teacher = maximum(teacher, top.teacher);
+    }
   };
 
   static A finite(A largest) { return largest == A(-INFINITY) ? A(0) : largest; }
@@ -84,11 +87,9 @@ struct Kd {
     }
   }
 
-  // ---- statistics of one chunk. Sum: logit_sum too, on the way.
-  template <int Power, bool Teacher, bool Keep, bool Sum = false>
-  static void chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
-                               const Reference& reference, A* student_kept, A* teacher_kept,
-                               A* label_kept, Pending<V>& pending, Statistics& out) {
+  // The largest of a chunk.
+  template <bool Teacher>
+  static Reference chunk_maxima(const A* s, const A* t, int64_t n) {
     const A lowest = A(-INFINITY);
     const int64_t whole = n / L * L;
     V student_top(lowest), teacher_top(lowest), other_top(lowest);
@@ -109,11 +110,24 @@ struct Kd {
       if constexpr (Teacher)
         teacher_top = maximum(teacher_top, V::load_part(t + whole, n - whole, lowest));
     }
+    Reference top;
+    top.student = maximum_of(student_top);
+    if constexpr (Teacher) top.teacher = maximum_of(teacher_top);
+    return top;
+  }
+
+  // ---- statistics of one chunk. Sum: logit_sum too, on the way.
+  template <int Power, bool Teacher, bool Keep, bool Sum = false>
+  static void chunk_statistics(const Setup& setup, const A* s, const A* t, int64_t n,
+                               const Reference& reference, A* student_kept, A* teacher_kept,
+                               A* label_kept, Pending<V>& pending, Statistics& out) {
+    const int64_t whole = n / L * L;
+    const A lowest = A(-INFINITY);
+    const Reference top = chunk_maxima<Teacher>(s, t, n);
     out = kd_empty(A(0));
     // NaN stays: `maximum` gives the second where either is.
-    out.student_max = finite(maximum(reference.student, maximum_of(student_top)));
-    if constexpr (Teacher)
-      out.teacher_max = finite(maximum(reference.teacher, maximum_of(teacher_top)));
+    out.student_max = finite(maximum(reference.student, top.student));
+    if constexpr (Teacher) out.teacher_max = finite(maximum(reference.teacher, top.teacher));
     out.count = A(n);
 
     const V student_max(out.student_max), teacher_max(out.teacher_max), zero(A(0));
@@ -421,14 +435,6 @@ struct Kd {
     kept.label = kept.teacher + (setup.teacher ? size : 0);
     return kept;
   }
-  static int64_t place_size(const Setup& setup) {
-    return statistics_size(setup) + exponentials_size(setup);
-  }
-  // Of row `row` of a workspace.
-  static Kept place(const Setup& setup, void* workspace, int64_t row) {
-    A* const memory = static_cast<A*>(workspace) + row * place_size(setup);
-    return place(setup, memory, memory + statistics_size(setup));
-  }
 
   static void rows(const KdCall& call, int64_t begin, int64_t end) {
     if constexpr (L >= 8) {
@@ -480,54 +486,13 @@ struct Kd {
     if (previous->row >= 0) gradient(*previous, 0, setup.chunks);
   }
 
-  // ---- a few wide rows, cut into parts
-  static int64_t workspace_bytes(const KdCall& call, int64_t) {
-    return call.rows * place_size(Setup(call)) * int64_t(sizeof(A));
-  }
-  static void part_statistics(const KdCall& call, int64_t parts, void* workspace, int64_t begin,
-                              int64_t end) {
-    const Setup setup(call);
-    const auto statistics_of = statistics_function(setup);
-    Buffers buffers;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / parts, part = item % parts;
-      const Kept kept = place(setup, workspace, row);
-      Reference reference;
-      statistics(setup, statistics_of, row, setup.chunks * part / parts,
-                 setup.chunks * (part + 1) / parts, reference, kept, buffers);
-    }
-  }
-  static void part_gradients(const KdCall& call, int64_t parts, void* workspace, int64_t begin,
-                             int64_t end) {
-    const Setup setup(call);
-    const auto gradient_of = gradient_function(setup);
-    Buffers buffers;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / parts, part = item % parts;
-      const Kept kept = place(setup, workspace, row);
-      const Label label = label_of(call, row);
-      KdWeights<A> w = weights_of(call, label, row);
-      if (label.outside || !counts(setup, w)) {
-        if (part == 0) leave_out(call, row, label.outside);
-        continue;
-      }
-      Statistics room;
-      const Statistics& whole = merged(setup, kept, room);
-      Coefficients c;
-      coefficients(setup, row, label, w, whole, c);
-      if (part == 0) static_cast<A*>(call.losses)[row] = c.loss;
-      if (setup.keep)
-        gradients(setup, gradient_of, row, setup.chunks * part / parts,
-                  setup.chunks * (part + 1) / parts, label, c, whole, kept, buffers);
-    }
-  }
-
   static KdKernels kernels() {
     return {&totals,
             &rows,
-            &workspace_bytes,
-            &part_statistics,
-            &part_gradients,
+            &KdParts<V, Exponential>::workspace_bytes,
+            &KdParts<V, Exponential>::maxima,
+            &KdParts<V, Exponential>::statistics,
+            &KdParts<V, Exponential>::gradients,
             &scale_gradient<A>,
             &Divergences<V, Exponential>::rows,
             &TopKRows<V, Exponential>::rows};

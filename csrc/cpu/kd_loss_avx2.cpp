@@ -42,6 +42,7 @@ namespace fastscarce::cpu::avx2 {
 #include "kd_scale.inl"
 #include "pending.inl"
 #include "kd_loss.inl"
+#include "kd_parts.inl"
 #include "divergence.inl"
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"

@@ -49,6 +49,7 @@ namespace fastscarce::cpu::avx512 {
 #include "kd_scale.inl"
 #include "pending.inl"
 #include "kd_loss.inl"
+#include "kd_parts.inl"
 #include "divergence.inl"
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"

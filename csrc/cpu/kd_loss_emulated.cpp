@@ -46,6 +46,7 @@ namespace half {
 #include "kd_scale.inl"
 #include "pending.inl"
 #include "kd_loss.inl"
+#include "kd_parts.inl"
 #include "divergence.inl"
 #include "divergence_lanes.inl"
 #include "kd_topk.inl"

@@ -31,6 +31,7 @@ namespace fastscarce::cpu::scalar {
 #include "kd_scale.inl"
 #include "pending.inl"
 #include "kd_loss.inl"
+#include "kd_parts.inl"
 #include "divergence.inl"
 #include "kd_topk.inl"
 #include "statistics.inl"

@@ -129,11 +129,11 @@ def test_a_folder_without_a_table(make: Any, tmp_path: Path) -> None:
 def test_half_a_line_counts_for_nothing(make: Any, tmp_path: Path, samples: Any) -> None:
     folder = make(tmp_path).folder
     path = journals(folder)[0]
-    whole = path.read_bytes()
+    whole, last = path.read_bytes(), read_journal(path)[-1]
     path.write_bytes(whole[:-20])
     assert len(read_journal(path)) == whole.count(b"\n") - 1
     assert verify(folder).problems == [f"{path} ends in half a line"]
-    assert TeacherTable.open(folder).missing() == 22  # of 150 rows in shards of 64
+    assert TeacherTable.open(folder).missing() == last.rows > 0
     assert make(tmp_path).written == 0  # the shard is there, and is whole
     assert path.read_bytes() == whole
     assert verify(folder).sound

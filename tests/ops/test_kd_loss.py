@@ -153,6 +153,26 @@ def test_repeatable(isa: str, classes: int, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_one_wide_row_is_the_same_for_any_number_of_threads(isa: str, form: str) -> None:
+    student, teacher, target = example(1, 21841, form)
+    edges: list[tuple[float, slice]] = [(0.0, slice(0, 0)), (math.nan, slice(5, 6))]
+    # Classes of several chunks.
+    edges += [(-math.inf, slice(9000, 12000)), (-math.inf, slice(0, 3000))]
+    for value, at in edges:
+        given = as_dtype(student.clone(), torch.float32)
+        given[:, at] = value
+        expected = gradient_of(kd_loss, given, as_dtype(teacher, torch.float32), target)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            try:
+                got = gradient_of(kd_loss, given, as_dtype(teacher, torch.float32), target)
+            finally:
+                torch.set_num_threads(1)
+            for one, other in zip(expected, got, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def test_no_gradient_gives_the_same_loss(isa: str) -> None:
     for classes in (10, 1000, 1025):
         student, teacher, target = example(9, classes)
