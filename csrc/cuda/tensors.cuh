@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../checks.h"
@@ -69,11 +70,38 @@ __device__ inline A element(const Matrix& m, int64_t row, int64_t i) {
   return out;
 }
 
+// n elements that lie one after the other: 16 bytes at a time (8 or 4 where there are no more)
+// where they begin on such a boundary.
+template <class T, int n>
+__device__ inline void load_run(const T* at, T (&to)[n]) {
+  constexpr size_t bytes = n * sizeof(T);
+  using Word = std::conditional_t<bytes % 16 == 0, uint4,
+                                  std::conditional_t<bytes % 8 == 0, uint2, uint32_t>>;
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(Word) == 0) {
+    Word words[bytes / sizeof(Word)];
+#pragma unroll
+    for (int k = 0; k < int(bytes / sizeof(Word)); ++k)
+      words[k] = load_global(reinterpret_cast<const Word*>(at) + k);
+    memcpy(to, words, bytes);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < n; ++j) to[j] = load_global(at + j);
+}
+
 // Elements from..from + n of a row of so many classes, `outside` where they are outside it.
 template <class A, int n>
 __device__ inline void elements(const Matrix& m, int64_t row, int from, int classes, A outside,
                                 A (&to)[n]) {
   with_row(m, row, [&](const auto* data) {
+    using T = std::remove_const_t<std::remove_reference_t<decltype(*data)>>;
+    if (from >= 0 && from <= classes - n) {
+      T values[n];
+      load_run(data + from, values);
+#pragma unroll
+      for (int j = 0; j < n; ++j) to[j] = A(number(values[j]));
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       const int i = from + j;

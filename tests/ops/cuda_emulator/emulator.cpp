@@ -63,7 +63,7 @@ struct Machine {
 Machine machine;
 unsigned order_seed = 0;
 bool clusters_allowed = true;
-uint64_t bytes_loaded = 0;
+uint64_t bytes_loaded = 0, loads_counted = 0;
 
 bool of_block(Operation x) { return x == Operation::block_barrier || x == Operation::block_and; }
 
@@ -275,8 +275,12 @@ struct StacksBack {
 void set_order(unsigned seed) { order_seed = seed; }
 void set_clusters(bool has) { clusters_allowed = has; }
 bool has_clusters() { return clusters_allowed; }
-void count_loaded(size_t bytes) { bytes_loaded += bytes; }
+void count_loaded(size_t bytes) {
+  bytes_loaded += bytes;
+  ++loads_counted;
+}
 uint64_t loaded() { return bytes_loaded; }
+uint64_t loads() { return loads_counted; }
 
 void launch(const Shape& shape, const std::function<void()>& body) {
   if (machine.fiber) throw EmulationError("A kernel launches a kernel.");

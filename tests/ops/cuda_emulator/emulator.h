@@ -38,6 +38,9 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -74,9 +77,10 @@ void set_order(unsigned seed);
 void set_clusters(bool has);
 bool has_clusters();
 
-// Bytes that kernels loaded, of those loads they want counted.
+// Bytes that kernels loaded, and in how many loads, of those loads they want counted.
 void count_loaded(size_t bytes);
 uint64_t loaded();
+uint64_t loads();
 
 // ---- what a running thread asks for
 enum class Operation { shuffle, ballot, warp_barrier, block_barrier, block_and, cluster_barrier };

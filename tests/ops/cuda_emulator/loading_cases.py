@@ -60,6 +60,24 @@ def test_a_row_is_read_once(divergence: int, has_clusters: bool) -> None:
             kd(student, teacher, **labels("mixed", 2, classes), divergence=divergence)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("label_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_read_16_bytes_at_a_time(dtype: torch.dtype, label_dtype: torch.dtype) -> None:
+    rows, classes = 3, 1001
+    student, teacher = logits(rows, classes, dtype)
+    target = labels("dense", rows, classes)["target"].to(label_dtype)
+    orders = 2 if dtype == torch.float32 else 1
+    n = 16 // student.element_size()
+    chunks = classes // n + 2
+    # Labels are read for the sums and for the gradient; the first and the last chunk by elements.
+    loads_a_chunk = 2 + 2 * max(1, n * target.element_size() // 16)
+    most = rows * (chunks * loads_a_chunk + 2 * n * 4)
+    before = emulated.loads()
+    kd(student, teacher, target=placed(target))
+    assert orders * rows * (chunks - 3) * loads_a_chunk <= emulated.loads() - before
+    assert emulated.loads() - before <= orders * most
+
+
 def test_a_row_of_float64_that_is_split() -> None:
     for divergence in (JSD, DKD):
         kd(*logits(1, 3801, torch.float64), **labels("index", 1, 3801), divergence=divergence)
