@@ -18,6 +18,7 @@ __all__ = [
     "InForward",
     "Recomputed",
     "WriteTo",
+    "call",
     "keeps_graph",
     "refuse_graph",
 ]
@@ -34,6 +35,9 @@ _backward_in_place = torch.ops.fastscarce.kd_loss_backward_.default
 def _always() -> bool:
     return True
 
+
+# Where autograd is this module's: the gradients registered for tracing cost a Python call each.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # Whether the backward pass that runs now keeps its graph; where torch does not say, assume it does.
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
@@ -68,22 +72,25 @@ class WriteTo:
     def __call__(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, gradient, factor."""
         statistics, self.statistics = self.statistics or (None,) * 5, ()
-        with torch.no_grad():  # a teacher that wants a gradient gets none
-            made = self.operator(student, *arguments, self.gradient, *statistics)
-        loss, gradient, factor = made
+        loss, gradient, factor = self.operator(student, *arguments, self.gradient, *statistics)
         return loss, gradient if self.gradient is None else self.gradient, factor
 
 
+def call(operator: Any, student: Tensor, arguments: tuple[Any, ...], with_gradient: bool) -> Any:
+    """Loss, gradient and factor, outside autograd: nothing gets a gradient by itself."""
+    with _below_autograd():
+        return operator(student, *arguments, with_gradient)
+
+
 class InForward(torch.autograd.Function):
-    """``apply(operator, student, *arguments)``; fewer Python steps than the registered gradient."""
+    """``apply(student, operator, arguments)``: only the student is autograd's to look at."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, student: Tensor, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, student: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
         """The loss."""
         loss: Tensor
-        loss, gradient, factor = operator(student, *arguments, True)
+        loss, gradient, factor = call(operator, student, arguments, True)
         ctx.save_for_backward(gradient, factor)
-        ctx.others = len(arguments)
         return loss
 
     @staticmethod
@@ -94,23 +101,23 @@ class InForward(torch.autograd.Function):
         upstream = upstream.contiguous()
         if keeps_graph():
             # Another backward pass will read the stored gradient: leave it as it is.
-            return (None, _backward(gradient, factor, upstream), *(None,) * ctx.others)
+            return _backward(gradient, factor, upstream), None, None
         # The last use of the stored gradient: hand it out, scaled where it lies. The kernel
         # compares the scale with 1 on the device and then touches nothing.
         _backward_in_place(gradient, factor, upstream)
-        return (None, gradient, *(None,) * ctx.others)
+        return gradient, None, None
 
 
 class Recomputed(torch.autograd.Function):
     """Keeps the arguments instead of the gradient, which the backward pass makes."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, student: Tensor, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, student: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
         """The loss."""
         numbers = next(i for i, x in enumerate(arguments) if isinstance(x, (int, float)))
         ctx.save_for_backward(student, *arguments[:numbers])
-        ctx.operator, ctx.options, ctx.others = operator, arguments[numbers:], len(arguments)
-        loss: Tensor = operator(student, *arguments, False)[0]
+        ctx.operator, ctx.options = operator, arguments[numbers:]
+        loss: Tensor = call(operator, student, arguments, False)[0]
         return loss
 
     @staticmethod
@@ -122,9 +129,9 @@ class Recomputed(torch.autograd.Function):
             teacher, labels, options = _twin_arguments(tensors, ctx.options)
             gradient = _twin_gradient(student, upstream, teacher, *labels, **options)
         else:
-            _, gradient, factor = ctx.operator(student, *tensors, *ctx.options, True)
+            _, gradient, factor = call(ctx.operator, student, (*tensors, *ctx.options), True)
             _backward_in_place(gradient, factor, upstream.contiguous())
-        return (None, gradient, *(None,) * ctx.others)
+        return gradient, None, None
 
 
 def _name(names: dict[str, int], number: int) -> str:

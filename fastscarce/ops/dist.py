@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastscarce.ops import reference
-from fastscarce.ops.autograd import InForward, Recomputed
+from fastscarce.ops.autograd import InForward, Recomputed, call
 from fastscarce.ops.checks import FLOATS
 
 __all__ = ["dist_loss"]
@@ -36,7 +36,7 @@ class _Recomputed(Recomputed):
             t_squared=False,
         )
         (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
-        return (None, gradient, *(None,) * ctx.others)
+        return gradient, None, None
 
 
 def dist_loss(
@@ -96,11 +96,13 @@ def dist_loss(
     arguments = (teacher, float(temperature), float(inter * scale), float(intra * scale))
     with_gradient = student.requires_grad and torch.is_grad_enabled()
     loss: Tensor
-    if with_gradient and not torch.compiler.is_compiling():
-        function = _Recomputed if gradient == "recompute" else InForward
-        loss = function.apply(_dist_loss, student, *arguments)
-    else:
+    if torch.compiler.is_compiling():
         loss = _dist_loss(student, *arguments, with_gradient)[0]
+    elif with_gradient:
+        function = _Recomputed if gradient == "recompute" else InForward
+        loss = function.apply(student, _dist_loss, arguments)
+    else:
+        loss = call(_dist_loss, student, arguments, False)[0]
     return loss
 
 

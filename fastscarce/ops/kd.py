@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from fastscarce.ops.autograd import LOSSES, REDUCTIONS, TAILS, InForward, Recomputed, WriteTo
+from fastscarce.ops.autograd import (
+    LOSSES,
+    REDUCTIONS,
+    TAILS,
+    InForward,
+    Recomputed,
+    WriteTo,
+    call,
+)
 from fastscarce.ops.checks import (
     buffer_of,
     check_indices,
@@ -320,9 +328,9 @@ def kd_loss(
         operator = WriteTo(writer, buffer)
     if with_gradient:
         function = Recomputed if gradient == "recompute" else InForward
-        result = function.apply(operator, student, *arguments)
+        result = function.apply(student, operator, arguments)
     else:
-        result = operator(student, *arguments, False)[0]
+        result = call(operator, student, arguments, False)[0]
     if not student.is_cuda:
         check_indices(result, target, teacher, student.shape[1], ignore_index)
     return (result, found) if statistics else result
