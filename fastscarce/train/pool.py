@@ -26,7 +26,7 @@ __all__ = ["Fed", "Feed", "Pool", "PoolKind", "Taken", "accuracy", "predict"]
 # Rows of a forward pass; part of the result, since the last bits of a row depend on its batch.
 BATCH = 512
 
-AHEAD = 16  # batches whose plans are drawn at once
+AHEAD = 64  # batches whose plans are drawn at once
 
 Positions = NDArray[np.int64]
 PoolKind = Literal["auto", "off", "host", "device", "disk"]
