@@ -11,6 +11,7 @@
 
 #include "../augment_arguments.h"
 #include "isa.h"
+#include "recycled.h"
 #include "tensors.h"
 
 namespace fastscarce::cpu {
@@ -28,6 +29,10 @@ AugmentKernel kernel(int channels) {
   if (isa() != Isa::scalar) return augment_avx2::augment_kernel(channels);
 #endif
   return augment_scalar::augment_kernel(channels);
+}
+
+int64_t bytes_of(Pixels type) {
+  return type == Pixels::float32 ? 4 : type == Pixels::uint8 ? 1 : 2;
 }
 
 void run(const Tensor& images, const Tensor& plan, const std::optional<Tensor>& index,
@@ -60,9 +65,7 @@ void run(const Tensor& images, const Tensor& plan, const std::optional<Tensor>& 
     call.shift[c] = float(-mean[mean.size() == 1 ? 0 : size_t(c)] / deviation);
   }
   const int64_t numbers = call.rows * call.channels * call.height * call.width;
-  const int64_t bytes = numbers * (call.dtype == Pixels::float32 ? 4
-                                   : call.dtype == Pixels::uint8 ? 1
-                                                                 : 2);
+  const int64_t bytes = numbers * bytes_of(call.dtype);
   call.out = out.mutable_data_ptr();
   call.stream = bytes >= kStreamBytes;
   ask_for_huge_pages(call.out, bytes);
@@ -81,12 +84,12 @@ Tensor augment(Tensor images, Tensor plan, std::optional<Tensor> index, std::vec
   const int64_t h = images.size(1), w = images.size(2), c = images.size(3);
   const auto type = dtype_of_pixels(pixels);
   if (!channels_last) {
-    Tensor out = torch::stable::new_empty(images, {plan.size(0), c, h, w}, type);
+    Tensor out = recycled_empty(images, {plan.size(0), c, h, w}, type, bytes_of(Pixels(pixels)));
     run(images, plan, index, mean, std, channels_last, fast, out);
     return out;
   }
   // Channels last is a view of what lies interleaved.
-  Tensor out = torch::stable::new_empty(images, {plan.size(0), h, w, c}, type);
+  Tensor out = recycled_empty(images, {plan.size(0), h, w, c}, type, bytes_of(Pixels(pixels)));
   Tensor view = torch::stable::transpose(torch::stable::transpose(out, 2, 3), 1, 2);
   run(images, plan, index, mean, std, channels_last, fast, view);
   return view;

@@ -140,8 +140,9 @@ def _resized(image: npt.NDArray[np.uint8], image_size: tuple[int, int]) -> Tenso
     part = torch.from_numpy(image)
     if part.shape[:2] == image_size:
         return part
+    # A batch of one in channels last, strides and all: others are packed and unpacked on the way.
     resized = torch.nn.functional.interpolate(
-        part.permute(2, 0, 1)[None], size=image_size, mode="bicubic", antialias=True
+        part[None].permute(0, 3, 1, 2), size=image_size, mode="bicubic", antialias=True
     )
     return resized[0].permute(1, 2, 0)
 
