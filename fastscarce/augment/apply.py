@@ -45,7 +45,9 @@ def apply(
         out: Where the result is written.
 
     Returns:
-        ``(rows, channels, height, width)``; ``out`` where it is given.
+        ``(rows, channels, height, width)``; ``out`` where it is given. On a CPU the memory of a
+        result of 4 MiB or more is kept when the result is gone, two of them at most, and the next
+        ones are written there.
 
     Raises:
         ValueError: A dtype, a shape or a number is none of these, the images have another size

@@ -133,11 +133,10 @@ def resize_crop(
     """Bring a box of an image, uint8 ``(height, width, channels)``, to a size."""
     shape = (image.shape[0], image.shape[1])
     left, top, right, bottom = pixels_of(box, shape=shape, image_size=image_size)
-    return _resized(image[top:bottom, left:right].copy(), image_size)
+    return _resized(torch.from_numpy(image[top:bottom, left:right].copy()), image_size)
 
 
-def _resized(image: npt.NDArray[np.uint8], image_size: tuple[int, int]) -> Tensor:
-    part = torch.from_numpy(image)
+def _resized(part: Tensor, image_size: tuple[int, int]) -> Tensor:
     if part.shape[:2] == image_size:
         return part
     # A batch of one in channels last, strides and all: others are packed and unpacked on the way.
@@ -153,25 +152,48 @@ def _part(
     box: npt.ArrayLike,
     image_size: tuple[int, int],
     channels: int,
-) -> npt.NDArray[np.uint8] | None:
+) -> Tensor | None:
     """The box of a plain JPEG, decoded no larger than it needs to be; None where it is broken."""
-    from PIL import Image
-
-    shape = (header.height, header.width)
-    pixels = pixels_of(box, shape=shape, image_size=image_size)
-    enough = min((pixels[2] - pixels[0]) / image_size[1], (pixels[3] - pixels[1]) / image_size[0])
-    mode = "L" if channels == 1 else "RGB"
+    pixels = pixels_of(box, shape=(header.height, header.width), image_size=image_size)
+    shrink = min((pixels[2] - pixels[0]) / image_size[1], (pixels[3] - pixels[1]) / image_size[0])
+    if shrink < 2.0 and channels == 1 and not header.grey:
+        return None  # grey of colours is Pillow's, which is not the JPEG's own
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if enough >= 2.0:
-                size = (math.ceil(header.width / enough), math.ceil(header.height / enough))
-                image.draft(mode, size)
-                shape = (image.height, image.width)
-                pixels = pixels_of(box, shape=shape, image_size=image_size)
-            part = np.array(image.crop(pixels).convert(mode), dtype=np.uint8)
+        if shrink >= 2.0:
+            return _scaled_part(content, header, box, image_size, channels, shrink)
+        left, top, right, bottom = pixels
+        return _decoded(content, channels)[top:bottom, left:right].contiguous()
     except Exception:  # `decode_whole` says what is wrong, or mends it
         return None
-    return part.reshape(*part.shape[:2], channels)
+
+
+def _decoded(content: bytes, channels: int) -> Tensor:
+    """A whole JPEG, uint8 ``(height, width, channels)``: half of the time that Pillow takes."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    pixels: Tensor = decode_jpeg(encoded, mode)
+    return pixels.permute(1, 2, 0)
+
+
+def _scaled_part(
+    content: bytes,
+    header: Header,
+    box: npt.ArrayLike,
+    image_size: tuple[int, int],
+    channels: int,
+    shrink: float,
+) -> Tensor:
+    """The box of a JPEG that Pillow scales while it decodes, to `shrink` times less at most."""
+    from PIL import Image
+
+    mode = "L" if channels == 1 else "RGB"
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft(mode, (math.ceil(header.width / shrink), math.ceil(header.height / shrink)))
+        pixels = pixels_of(box, shape=(image.height, image.width), image_size=image_size)
+        part = np.array(image.crop(pixels).convert(mode), dtype=np.uint8)
+    return torch.from_numpy(part.reshape(*part.shape[:2], channels))
 
 
 def as_channels(image: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:

@@ -147,3 +147,28 @@ def test_channels() -> None:
     assert as_channels(grey, 1) is grey
     with pytest.raises(DataError, match="3 channels, not 1"):
         as_channels(np.zeros((2, 3, 3), dtype=np.uint8), 1)
+
+
+def test_broken_jpegs_are_refused_as_they_are_whole() -> None:
+    contents = [encoded(photograph(60, 44), quality=80, subsampling=kind) for kind in (0, 1, 2)]
+    draw = np.random.default_rng(0)
+    refused = 0
+    for _ in range(600):
+        content = bytearray(contents[int(draw.integers(3))])
+        for place in draw.integers(len(content), size=2).tolist():
+            content[place] = int(draw.choice([0, 255, int(draw.integers(256))]))
+        del content[int(draw.integers(len(content) // 2, 4 * len(content))) :]
+        for channels in (1, 3):
+            reasons = []
+            for decode in (
+                lambda c, n: decode_crop(c, (0.2, 0.1, 0.9, 0.6), image_size=(24, 24), channels=n),
+                lambda c, n: decode_whole(c, grey=n == 1),
+            ):
+                try:
+                    decode(bytes(content), channels)
+                    reasons.append("")
+                except DataError as error:
+                    reasons.append(str(error))
+            assert reasons[0] == reasons[1]
+            refused += bool(reasons[0])
+    assert 200 < refused < 1000

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -446,3 +447,37 @@ def test_cuda() -> None:
                 expected = apply(plan, images, index=index, dtype=dtype)
                 got = apply(device, images.cuda(), index=index.cuda(), dtype=dtype)
                 assert torch.equal(got.cpu(), expected), (policy, dtype)
+
+
+def test_large_results_share_memory_with_none_that_is_alive() -> None:
+    images = photographs(224, 224).repeat(8, 1, 1, 1)
+    plans = [draw("weak", range(16), view=view, seed=0, image_size=224) for view in range(6)]
+    expected = [torch.stack([apply(plan, images)[row] for row in range(16)]) for plan in plans]
+    assert expected[0].nbytes > 4 << 20
+    alive: list[Tensor] = []
+    places: set[int] = set()
+    for turn in range(3):
+        for plan, want in zip(plans, expected, strict=True):
+            got = apply(
+                plan, images, layout=torch.channels_last if turn else torch.contiguous_format
+            )
+            places.add(got.untyped_storage().data_ptr())
+            assert torch.equal(got, want)
+            # A part of a result keeps all of it; so does what autograd or another thread holds.
+            alive = [*alive[-3:], got[3]]
+            for row, number in zip(alive[::-1], range(plans.index(plan), -1, -1), strict=False):
+                assert torch.equal(row, expected[number][3])
+        assert len({row.untyped_storage().data_ptr() for row in alive}) == len(alive)
+    assert len(places) <= 7  # four that are alive, one that is made, two that wait
+
+
+def test_large_results_of_several_threads() -> None:
+    images = photographs(224, 224).repeat(8, 1, 1, 1)
+    plans = [draw("weak", range(16), view=view, seed=0, image_size=224) for view in range(4)]
+    expected = [apply(plan, images).clone() for plan in plans]
+
+    def many(number: int) -> bool:
+        return all(torch.equal(apply(plans[number], images), expected[number]) for _ in range(12))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(4)))
