@@ -6,20 +6,27 @@ import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fastscarce.cli import main
+from fastscarce.data import load
 
 # Forty labelled images and as many lessons: an epoch is five steps of eight, or two and a half.
 COMMON = {"cpu": True, "threads": 1, "tensorboard": False, "log_every": 1, "test_fraction": 0.85}
@@ -106,14 +113,14 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def launch(typed: Sequence[str], launcher: str = "torchrun") -> tuple[int, str, str]:
-    """Words typed behind ``fastscarce`` in two processes: exit status, and what was printed."""
+def launch(program: Sequence[str], launcher: str = "torchrun") -> tuple[int, str, str]:
+    """Words behind ``python`` in two processes: exit status, and what was printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [word.format(port=port) for word in LAUNCHERS[launcher]]
     done = subprocess.run(
-        [sys.executable, "-m", *words, "-m", "fastscarce", *typed],
+        [sys.executable, "-m", *words, *program],
         capture_output=True,
         text=True,
         timeout=300,
@@ -126,12 +133,12 @@ def run_in_two(command: str, out: Path, *, launcher: str = "torchrun", **setting
     """As a user types it on a machine without GPUs: without ``--cpu``."""
     dotted = {key.replace("__", "."): value for key, value in settings.items()}
     typed = [word for word in words(command, out, dotted) if not word.startswith("--cpu")]
-    return Outcome(*launch(typed, launcher), out)
+    return Outcome(*launch(["-m", "fastscarce", *typed], launcher), out)
 
 
 @pytest.fixture(scope="session")
 def launched() -> Callable[..., tuple[int, str, str]]:
-    """Runs any words in two processes."""
+    """Runs a Python program in two processes: ``launched(["-m", "fastscarce", ...])``."""
     return launch
 
 
@@ -151,6 +158,52 @@ def command() -> Command:
 def command_words() -> Callable[[str, Path, dict[str, Any]], list[str]]:
     """The words of such a command, for a process of its own."""
     return words
+
+
+def pictures() -> Iterator[tuple[str, bytes, int, np.ndarray]]:
+    """Digits of three classes: name, PNG, label and pixels."""
+    digits = load("digits")
+    for place in np.flatnonzero(digits.labels < 3)[:90].tolist():
+        file = io.BytesIO()
+        Image.fromarray(digits.images[place, ..., 0]).save(file, "PNG")
+        yield f"{place}.png", file.getvalue(), int(digits.labels[place]), digits.images[place]
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same pictures as every kind of data."""
+    root = tmp_path_factory.mktemp("sources")
+    rows = list(pictures())
+    with tarfile.open(root / "shard-0.tar", "w") as shard:
+        for name, content, label, _ in rows:
+            for member, data in ((name, content), (f"{name[:-4]}.cls", b"%d" % label)):
+                facts = tarfile.TarInfo(member)
+                facts.size = len(data)
+                shard.addfile(facts, io.BytesIO(data))
+    for name, content, label, _ in rows:
+        (root / "folder" / str(label)).mkdir(parents=True, exist_ok=True)
+        (root / "folder" / str(label) / name).write_bytes(content)
+    lines = [f"folder/{label}/{name},{label}" for name, _, label, _ in rows]
+    (root / "scans.csv").write_text("path,label\n" + "\n".join(lines), encoding="utf-8")
+    images = [{"bytes": content, "path": name} for name, content, *_ in rows]
+    labels = [label for _, _, label, _ in rows]
+    pq.write_table(pa.table({"image": images, "label": labels}), root / "scans.parquet")
+    np.savez(root / "scans.npz", images=np.stack([row[3] for row in rows]), labels=labels)
+    (root / "idx").mkdir()
+    for name, array in (
+        ("images-idx3", np.stack([row[3] for row in rows])[..., 0]),
+        ("labels-idx1", np.array(labels)),
+    ):
+        header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+        (root / "idx" / f"train-{name}-ubyte").write_bytes(header + array.astype("u1").tobytes())
+    return {
+        "folder": f"folder:{root / 'folder'}",
+        "csv": f"table:{root / 'scans.csv'}",
+        "parquet": f"table:{root / 'scans.parquet'}",
+        "webdataset": f"webdataset:{root}/shard-*.tar",
+        "arrays": f"arrays:{root / 'scans.npz'}",
+        "idx": f"idx:{root / 'idx'}",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shutil
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-
-from fastscarce.data import load
 
 
 def test_a_written_split_gives_the_same_run(
@@ -43,45 +34,7 @@ def test_a_written_split_gives_the_same_run(
 SMALL: dict[str, Any] = {"labels_per_class": 4, "test_fraction": 0.3}
 
 
-def pictures() -> Iterator[tuple[str, bytes, int, np.ndarray]]:
-    """Digits of three classes: name, PNG, label and pixels."""
-    digits = load("digits")
-    for place in np.flatnonzero(digits.labels < 3)[:90].tolist():
-        file = io.BytesIO()
-        Image.fromarray(digits.images[place, ..., 0]).save(file, "PNG")
-        yield f"{place}.png", file.getvalue(), int(digits.labels[place]), digits.images[place]
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same pictures as every kind of data."""
-    root = tmp_path_factory.mktemp("sources")
-    rows = list(pictures())
-    with tarfile.open(root / "shard-0.tar", "w") as shard:
-        for name, content, label, _ in rows:
-            for member, data in ((name, content), (f"{name[:-4]}.cls", b"%d" % label)):
-                facts = tarfile.TarInfo(member)
-                facts.size = len(data)
-                shard.addfile(facts, io.BytesIO(data))
-    for name, content, label, _ in rows:
-        (root / "folder" / str(label)).mkdir(parents=True, exist_ok=True)
-        (root / "folder" / str(label) / name).write_bytes(content)
-    lines = [f"folder/{label}/{name},{label}" for name, _, label, _ in rows]
-    (root / "scans.csv").write_text("path,label\n" + "\n".join(lines), encoding="utf-8")
-    images = [{"bytes": content, "path": name} for name, content, *_ in rows]
-    labels = [label for _, _, label, _ in rows]
-    pq.write_table(pa.table({"image": images, "label": labels}), root / "scans.parquet")
-    np.savez(root / "scans.npz", images=np.stack([row[3] for row in rows]), labels=labels)
-    return {
-        "folder": f"folder:{root / 'folder'}",
-        "csv": f"table:{root / 'scans.csv'}",
-        "parquet": f"table:{root / 'scans.parquet'}",
-        "webdataset": f"webdataset:{root}/shard-*.tar",
-        "arrays": f"arrays:{root / 'scans.npz'}",
-    }
-
-
-@pytest.mark.parametrize("kind", ["folder", "csv", "parquet", "webdataset", "arrays"])
+@pytest.mark.parametrize("kind", ["folder", "csv", "parquet", "webdataset", "arrays", "idx"])
 def test_every_source_trains(
     command: Any, sources: dict[str, str], kind: str, tmp_path: Path
 ) -> None:

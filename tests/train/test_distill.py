@@ -147,8 +147,9 @@ def test_two_processes_build_and_distill(
     command: Any, in_two_processes: Any, launched: Any, teacher: Path, table: Path, tmp_path: Path
 ) -> None:
     code, _, err = launched(
-        ["cache", "build", f"--teacher={teacher}", f"--out={tmp_path / 'table'}", "--views=3",
-         "--k=5", "--teacher-batch-size=64", "--test_fraction=0.85", "--threads=1"]
+        ["-m", "fastscarce", "cache", "build", f"--teacher={teacher}",
+         f"--out={tmp_path / 'table'}", "--views=3", "--k=5", "--teacher-batch-size=64",
+         "--test_fraction=0.85", "--threads=1"]
     )  # fmt: skip
     assert code == 0, err
     with TeacherTable.open(tmp_path / "table") as built, TeacherTable.open(table) as expected:
