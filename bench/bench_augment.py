@@ -44,7 +44,7 @@ from fastscarce.augment import apply, draw, draw_batches, get_policy
 SIZES = [(64, 224), (256, 32)]
 JOBS = ("randaugment", "weak")
 THREADS = 2
-DRAWN_AT_ONCE = 64
+DRAWN_AT_ONCE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESULTS = Path(__file__).parent / "results" / "augment.json"
 

@@ -26,7 +26,8 @@ __all__ = ["Fed", "Feed", "Pool", "PoolKind", "Taken", "accuracy", "predict"]
 # Rows of a forward pass; part of the result, since the last bits of a row depend on its batch.
 BATCH = 512
 
-AHEAD = 64  # batches whose plans are drawn at once
+# Batches whose plans are drawn at once, of so many rows together at most: 8 MiB of plans.
+AHEAD, _ROWS_AHEAD = 256, 65_536
 
 Positions = NDArray[np.int64]
 PoolKind = Literal["auto", "off", "host", "device", "disk"]
@@ -230,7 +231,9 @@ class Feed:
             self.close()
             self._pieces = self._from(step, piece, pieces)
         if not self._drawn:
-            rows = list(islice(self._pieces, AHEAD))
+            rows = [next(self._pieces)]
+            count = min(AHEAD, max(1, _ROWS_AHEAD // len(rows[0].positions)))
+            rows.extend(islice(self._pieces, count - 1))
             plans = self._pool.draw_batches(rows, self._policy)
             self._drawn.extend(zip(rows, plans, strict=True))
         own, plan = self._drawn.popleft()

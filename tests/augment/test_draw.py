@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -492,3 +493,30 @@ def test_refusals(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         draw("weak", ids, **arguments)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_large_plans_share_memory_with_none_that_is_alive() -> None:
+    ids = np.arange(64 * 600).reshape(64, 600)  # 4.7 MiB of plans
+
+    def drawn(view: int) -> list[Plan]:
+        return draw_batches("randaugment(2, 9)", ids, view=view, seed=0, image_size=32)
+
+    def right(plan: Plan, view: int, batch: int) -> bool:
+        alone = draw("randaugment(2, 9)", ids[batch], view=view, seed=0, image_size=32)
+        return np.array_equal(plan.table, alone.table)
+
+    kept: list[tuple[Plan, int, int]] = []
+    places = set()
+    for view in range(12):
+        plans = drawn(view)
+        places.add(plans[0].rows.untyped_storage().data_ptr())
+        assert all(right(plans[batch], view, batch) for batch in (0, 63))
+        kept = [*kept[-2:], (plans[view], view, view)]  # a plan keeps the memory of all
+        assert all(right(*one) for one in kept)
+    assert len(places) <= 6  # three that are alive, the last one, and two that wait
+
+    def many(first: int) -> bool:
+        return all(right(drawn(view)[7], view, 7) for view in range(first, first + 5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(0, 40, 10)))

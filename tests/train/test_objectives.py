@@ -166,7 +166,7 @@ def test_what_is_drawn_ahead_is_what_the_step_says(task: Task) -> None:
     stream = Stream(task.split.labelled, seed=3, batch_size=12, pairs=True)
     policy = with_mixing("standard", StageConfig(cutmix_probability=1.0))
     feed = Feed(task.pool, stream, policy, views=2)
-    calls = [(step, piece, 3) for step in range(24) for piece in range(3)]
+    calls = [(step, piece, 3) for step in range(90) for piece in range(3)]
     calls += [(20, 0, 1), (20, 0, 1), (4, 1, 2), (5, 0, 2), (0, 0, 3)]
     assert len(calls) > AHEAD
     for step, piece, pieces in calls:
