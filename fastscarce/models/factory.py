@@ -102,10 +102,21 @@ def _timm(
         _try(model, sizes)
         return model
     except Exception as error:  # timm's builders and the hub's client raise what they like
+        if pretrained:
+            _timm(name, sizes, rates, pretrained=False)  # refuses what is no matter of weights
+            cure = (
+                "name a folder that timm or this tool wrote"
+                if name.startswith(_LOCAL)
+                else "get them once where there is a network, name a folder of weights by "
+                "local-dir:PATH, or set pretrained to false"
+            )
+            raise ModelError(
+                f"The weights of {name} can't be read ({type(error).__name__}: "
+                f"{_first_line(error)}); {cure}."
+            ) from error
         raise ModelError(
             f"{name} can't be made for {sizes['channels']} channels of {sizes['image_size']} pixels"
-            f" ({type(error).__name__}: {_first_line(error)}); choose another model"
-            f"{' or set pretrained to false' if pretrained else ''}."
+            f" ({type(error).__name__}: {_first_line(error)}); choose another model."
         ) from error
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +89,28 @@ def test_unknown(name: str, message: str) -> None:
 def test_refusals(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         create(name, seed=0, **{**SIZES, **options})
+
+
+def test_weights_without_a_network(tmp_path: Path) -> None:
+    code = (
+        "from fastscarce.models import create;"
+        "create('resnet18', classes=2, channels=3, image_size=32, seed=0, pretrained=True)"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "ModelError: The weights of resnet18 can't be read" in last
+    assert last.endswith("by local-dir:PATH, or set pretrained to false.")
+
+
+def test_a_folder_whose_weights_are_broken(tmp_path: Path) -> None:
+    config = {"architecture": "resnet18", "num_classes": 2, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nothing.")
+    with pytest.raises(ModelError, match=r"weights of local-dir:.*name a folder that timm or"):
+        create(f"local-dir:{tmp_path}", seed=0, **SIZES)
 
 
 def test_small_cnn_needs_no_timm() -> None:
