@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastscarce.ops.autograd import TAILS
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+from fastscarce.ops.tensors import require_floats, require_tensor
 
 __all__ = [
-    "FLOATS",
     "buffer_of",
     "check_indices",
     "class_weights_of",
@@ -23,8 +23,6 @@ __all__ = [
     "topk_arguments",
     "weighted_label",
 ]
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def term_weights(
@@ -70,10 +68,7 @@ def parameters_of(
 
 def logits_of(name: str, tensor: Tensor, student: Tensor) -> Tensor:
     """A matrix of the student's shape and device whose rows lie without gaps."""
-    if tensor.dtype not in FLOATS:
-        raise ValueError(
-            f"kd_loss needs {name} in float32, bfloat16, float16 or float64, got {tensor.dtype}."
-        )
+    require_floats("kd_loss", name, tensor)
     if tensor is student:
         if tensor.dim() != 2 or tensor.shape[1] == 0:
             raise ValueError(
@@ -95,6 +90,7 @@ def logits_of(name: str, tensor: Tensor, student: Tensor) -> Tensor:
 
 def column_of(name: str, tensor: Tensor, student: Tensor) -> Tensor:
     """One number a row, contiguous; indices in int64."""
+    require_tensor("kd_loss", name, tensor)
     if tensor.dim() != 1 or tensor.shape[0] != student.shape[0]:
         raise ValueError(
             f"kd_loss needs {name} of shape (rows,) = ({student.shape[0]},), got "
@@ -199,7 +195,7 @@ def labels_of(
             column_of("target.b", target.b, student),
             column_of("lam", target.lam, student),
         )
-    if not target.is_floating_point():
+    if not isinstance(target, Tensor) or not target.is_floating_point():
         return column_of("target", target, student), None, None
     if loss == "dkd":
         raise ValueError(
@@ -210,6 +206,7 @@ def labels_of(
 
 def class_weights_of(class_weight: Tensor, student: Tensor) -> Tensor:
     """One float32 number a class, on the student's device."""
+    require_tensor("kd_loss", "class_weight", class_weight)
     if class_weight.shape != student.shape[1:] or not class_weight.is_floating_point():
         raise ValueError(
             f"kd_loss needs class_weight of shape ({student.shape[1]},), floating point, got "
@@ -280,6 +277,7 @@ def buffer_of(
         if not isinstance(teacher, Tensor):
             raise ValueError("kd_loss needs teacher logits for reuse_teacher_buffer, got none.")
         name, out = "teacher", teacher
+    require_tensor("kd_loss", name, out)
     if out.shape != student.shape or out.dtype != student.dtype or out.device != student.device:
         raise ValueError(
             f"kd_loss needs {name} of the student's shape, dtype and device to write the gradient "

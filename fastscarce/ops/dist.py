@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastscarce.ops import reference
 from fastscarce.ops.autograd import InForward, Recomputed, call
-from fastscarce.ops.checks import FLOATS
+from fastscarce.ops.tensors import require_floats
 
 __all__ = ["dist_loss"]
 
@@ -109,11 +109,7 @@ def dist_loss(
 def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two matrices of one shape on one device, whose rows lie without gaps."""
     for name, tensor in (("student", student), ("teacher", teacher)):
-        if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"dist_loss needs {name} logits in float32, bfloat16, float16 or float64, got "
-                f"{tensor.dtype}."
-            )
+        require_floats("dist_loss", f"{name} logits", tensor)
     if student.dim() != 2 or student.shape[1] == 0 or teacher.shape != student.shape:
         raise ValueError(
             "dist_loss needs student and teacher logits of one shape, (rows, classes), classes at "

@@ -266,7 +266,7 @@ def kd_loss(
     if teacher is None:
         if target is None:
             raise ValueError("kd_loss needs a teacher, a target or both, got neither.")
-    elif isinstance(teacher, Tensor):
+    elif not isinstance(teacher, (TopK, MixedTopK)):
         given, teacher = teacher, logits_of("teacher", teacher, student)
     labels = labels_of(target, loss, student)
     if weight is not None:

@@ -11,6 +11,7 @@ from fastscarce.ops.autograd import keeps_graph, refuse_graph
 from fastscarce.ops.checks import term_weights
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+from fastscarce.ops.tensors import require_tensor
 
 __all__ = ["linear_kd_loss"]
 
@@ -246,6 +247,8 @@ def linear_kd_loss(
             raise ValueError(f"linear_kd_loss needs no {name}, got one.")
     if options.get("loss") == "dist":
         raise ValueError("linear_kd_loss needs a loss of rows, got 'dist', which needs all rows.")
+    require_tensor("linear_kd_loss", "features", features)
+    require_tensor("linear_kd_loss", "weight", weight)
     device = features.device.type
     head: Head | None = None
     if isinstance(teacher, tuple):

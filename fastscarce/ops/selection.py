@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops.targets import TopK
+from fastscarce.ops.tensors import require_floats
 
 __all__ = ["Confidence", "confidence", "pack_topk", "topk", "unpack_topk"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Chosen logits of a row are sorted in a GPU's shared memory.
 _MOST_ON_GPU = 2048
 
@@ -156,10 +156,7 @@ def _check_k(name: str, logits: Tensor, k: int) -> None:
 
 def _rows(name: str, logits: Tensor) -> Tensor:
     """A detached matrix whose rows lie without gaps."""
-    if logits.dtype not in _FLOATS:
-        raise ValueError(
-            f"{name} needs logits in float32, bfloat16, float16 or float64, got {logits.dtype}."
-        )
+    require_floats(name, "logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(
             f"{name} needs logits of shape (rows, classes), classes at least 1, got "

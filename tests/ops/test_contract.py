@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastscarce.ops import MixedTarget, MixedTopK, kd_loss, reference, topk
+from fastscarce.ops import (
+    MixedTarget,
+    MixedTopK,
+    confidence,
+    dist_loss,
+    kd_loss,
+    linear_kd_loss,
+    reference,
+    topk,
+)
 
 TAILS = ("uniform", "renorm", "tail", "support")
 # Options of the loss, and the kind of its teacher.
@@ -319,3 +328,30 @@ def test_cuda_graph(name: str) -> None:
         assert torch.equal(gradient, expected_gradient)
         for a, b in zip(found, expected_found, strict=True):
             assert a is b is None or torch.equal(a, b)  # type: ignore[arg-type]
+
+
+LOGITS, LABELS = torch.randn(3, 5), torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: kd_loss(LOGITS.numpy(), LOGITS, LABELS), "student as a tensor, got ndarray"),
+        (lambda: kd_loss("logits", LOGITS, LABELS), "student as a tensor, got str"),
+        (lambda: kd_loss(LOGITS, LOGITS.numpy(), LABELS), "teacher as a tensor, got ndarray"),
+        (lambda: kd_loss(LOGITS, LOGITS, [0, 1, 2]), "target as a tensor, got list"),
+        (lambda: kd_loss(LOGITS, LOGITS, LABELS, weight=[1, 1, 1]), "weight as a tensor, got list"),
+        (lambda: kd_loss(LOGITS, LOGITS, LABELS, class_weight=[1] * 5), "class_weight as a tensor"),
+        (lambda: kd_loss(LOGITS, LOGITS, LABELS, out=[0]), "out as a tensor, got list"),
+        (lambda: dist_loss(LOGITS, LOGITS.numpy()), "teacher logits as a tensor, got ndarray"),
+        (lambda: topk(LOGITS.numpy(), 2), "logits as a tensor, got ndarray"),
+        (lambda: confidence(LOGITS.numpy()), "logits as a tensor, got ndarray"),
+        (
+            lambda: linear_kd_loss(LOGITS.numpy(), LOGITS, None, LOGITS),
+            "features as a tensor, got ndarray",
+        ),
+    ],
+)
+def test_what_is_no_tensor_is_refused(call: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        call()
