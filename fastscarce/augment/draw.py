@@ -19,6 +19,7 @@ from fastscarce.augment.table import PLAN
 __all__ = ["draw", "draw_batches", "neighbours"]
 
 Numbers = npt.NDArray[np.int64]
+Batches = Sequence[npt.ArrayLike] | npt.NDArray[Any] | Tensor
 
 
 def neighbours(rows: int) -> npt.NDArray[np.int64]:
@@ -69,12 +70,12 @@ def draw(
 
 def draw_batches(
     policy: str | Sequence[Any] | Policy,
-    batches: Sequence[npt.ArrayLike],
+    batches: Batches,
     *,
     view: npt.ArrayLike | Sequence[npt.ArrayLike],
     seed: int,
     image_size: int | tuple[int, int],
-    partners: Sequence[npt.ArrayLike] | None = None,
+    partners: Batches | None = None,
 ) -> list[Plan]:
     """What `draw` draws for each of several batches, at a part of the price.
 
@@ -82,7 +83,8 @@ def draw_batches(
 
     Args:
         policy: See `draw`.
-        batches: Sample ids of each batch, of as many rows each; the last may have fewer.
+        batches: Sample ids of each batch, of as many rows each; the last may have fewer. A list, or
+            an array or a tensor ``(batches, rows)``.
         view: View numbers: one for all, one a batch, or for each batch one a row.
         seed: See `draw`.
         image_size: See `draw`.
@@ -170,13 +172,16 @@ def _numbers(name: str, of: str, values: npt.ArrayLike) -> Numbers:
     return np.asarray(numbers, dtype=np.int64, order="C")
 
 
-def _joined(of: str, batches: Sequence[npt.ArrayLike]) -> tuple[npt.NDArray[Any], list[int]]:
+def _joined(of: str, batches: Batches) -> tuple[npt.NDArray[Any], list[int]]:
     """The numbers of all batches, and how many each has."""
     numbers: npt.NDArray[Any]
     if not hasattr(batches, "__len__"):
         raise ValueError(
             f"draw_batches needs {of}, a list of arrays, one a batch, got {type(batches).__name__}."
         )
+    if isinstance(batches, (np.ndarray, Tensor)) and batches.ndim == 2:
+        rows, length = batches.shape
+        return np.asarray(batches).reshape(-1), [length] * rows
     try:
         numbers = np.concatenate(batches) if len(batches) else NO_NUMBERS
         lengths = [len(batch) for batch in batches]  # type: ignore[arg-type]
@@ -189,7 +194,7 @@ def _joined(of: str, batches: Sequence[npt.ArrayLike]) -> tuple[npt.NDArray[Any]
     return numbers, lengths
 
 
-def _per_row(of: str, batches: Sequence[npt.ArrayLike], lengths: list[int]) -> Numbers:
+def _per_row(of: str, batches: Batches, lengths: list[int]) -> Numbers:
     numbers, found = _joined(of, batches)
     if found != lengths:
         raise ValueError(f"draw_batches needs {of} for batches of {lengths}, got {found}.")

@@ -495,6 +495,17 @@ def test_refusals(change: dict[str, object], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_batches_of_any_kind() -> None:
+    ids = np.arange(24).reshape(4, 6)
+    expected = [draw("weak+cutmix", row, view=1, seed=0, image_size=32).table for row in ids]
+    kinds = (ids, torch.from_numpy(ids), list(ids), list(torch.from_numpy(ids)), ids.tolist())
+    for batches in (*kinds, ids.T.copy().T, ids.astype(np.int32)):
+        plans = draw_batches("weak+cutmix", batches, view=1, seed=0, image_size=32)
+        assert len(plans) == 4
+        for plan, table in zip(plans, expected, strict=True):
+            assert np.array_equal(plan.table, table)
+
+
 def test_large_plans_share_memory_with_none_that_is_alive() -> None:
     ids = np.arange(64 * 600).reshape(64, 600)  # 4.7 MiB of plans
 
