@@ -292,7 +292,7 @@ def measure_drawing(job: str, rows: int, side: int, seconds: float) -> dict[str,
         drawing = loop = 0.0
         batches, view, count = [ids] * at_once, 0, 0
         end = time.perf_counter() + seconds
-        while (begin := time.perf_counter()) < end:
+        while (begin := time.perf_counter()) < end or count == 0:
             if at_once == 1:
                 plans = [draw(_POLICIES[job], ids, view=view, seed=0, image_size=side)]
             else:
