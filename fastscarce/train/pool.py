@@ -132,7 +132,7 @@ class Pool:
                 return torch.from_numpy(self.pixels)
         raise DataError(
             "A teacher that is asked, or its table, needs the images on the device; set pool to"
-            " auto or device."
+            f" {'auto, host or disk' if self.device.type == 'cpu' else 'auto or device'}."
         )
 
     def take(self, positions: Positions) -> Taken:

@@ -255,6 +255,15 @@ LOSSES = {
 }
 
 
+def test_a_teacher_needs_the_images_in_memory(command: Any, teacher: Path, tmp_path: Path) -> None:
+    refused = command("distill", tmp_path / "out", teacher=teacher, pool="off", student__steps=2)
+    assert refused.code == 2
+    assert "needs the images on the device; set pool to auto, host or disk." in refused.err
+    for pool in ("host", "disk"):
+        outcome = command("distill", tmp_path / pool, teacher=teacher, pool=pool, student__steps=2)
+        assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_are_those_of_the_rows(task: Task, table: Path, loss: str) -> None:
     settings = StudentConfig(
