@@ -149,13 +149,17 @@ class Sampler:
         Raises:
             ValueError: The state isn't one of a sampler of as many samples.
         """
-        sound = sorted(state) == list(_KEYS) and all(
-            isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-            for value in state.values()
+        sound = (
+            isinstance(state, Mapping)
+            and sorted(state) == list(_KEYS)
+            and all(
+                isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+                for value in state.values()
+            )
         )
         if not sound:
             raise ValueError(
-                f"Sampler needs a state of the integers {', '.join(_KEYS)}, got {dict(state)!r}."
+                f"Sampler needs a state of the integers {', '.join(_KEYS)}, got {state!r}."
             )
         _check_epoch(state["epoch"])
         position = int(state["position"])

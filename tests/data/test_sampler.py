@@ -225,13 +225,14 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     ("state", "message"),
     [
         ({"seed": 0, "epoch": 0}, "integers epoch, position, seed"),
+        ("epoch", "integers epoch, position, seed, got 'epoch'"),
         ({"seed": 0, "epoch": 0, "position": 1.0}, "integers"),
         ({"seed": 0, "epoch": 0, "position": 8}, "from 0 to 7 at a whole pair, got 8"),
         ({"seed": 0, "epoch": 0, "position": 3}, "whole pair, got 3"),
         ({"seed": 0, "epoch": -1, "position": 0}, "epoch from 0"),
     ],
 )
-def test_refuses_a_state_of_something_else(state: dict[str, Any], message: str) -> None:
+def test_refuses_a_state_of_something_else(state: Any, message: str) -> None:
     sampler = Sampler(8, seed=0, batch_size=4, pairs=True)
     with pytest.raises(ValueError, match=message):
         sampler.load_state_dict(state)
