@@ -34,6 +34,9 @@ Boxes = npt.NDArray[np.float32]
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
+# What is left to shrink of a JPEG that was scaled while it was decoded, whose filter is a box.
+_LEAST_SHRINK = 3.0
+
 
 def without_crop(policy: Policy) -> Policy:
     """The policy whose first step crops nothing, where it is a resized crop.
@@ -104,7 +107,8 @@ def decode_crop(
 ) -> Tensor:
     """Decode an image and bring a box of it to a size: bicubic, antialiased.
 
-    A JPEG that is shrunk to less than half is scaled while it is decoded, by powers of two.
+    A JPEG that is shrunk to a sixth or less is scaled while it is decoded, by a power of two that
+    leaves a third or less to do: a level or two off the whole one's result, on average.
 
     Args:
         content: The encoded image.
@@ -156,11 +160,12 @@ def _part(
     """The box of a plain JPEG, decoded no larger than it needs to be; None where it is broken."""
     pixels = pixels_of(box, shape=(header.height, header.width), image_size=image_size)
     shrink = min((pixels[2] - pixels[0]) / image_size[1], (pixels[3] - pixels[1]) / image_size[0])
-    if shrink < 2.0 and channels == 1 and not header.grey:
+    scaled = shrink >= 2 * _LEAST_SHRINK
+    if not scaled and channels == 1 and not header.grey:
         return None  # grey of colours is Pillow's, which is not the JPEG's own
     try:
-        if shrink >= 2.0:
-            return _scaled_part(content, header, box, image_size, channels, shrink)
+        if scaled:
+            return _scaled_part(content, header, pixels, image_size, channels, shrink)
         left, top, right, bottom = pixels
         return _decoded(content, channels)[top:bottom, left:right].contiguous()
     except Exception:  # `decode_whole` says what is wrong, or mends it
@@ -180,20 +185,24 @@ def _decoded(content: bytes, channels: int) -> Tensor:
 def _scaled_part(
     content: bytes,
     header: Header,
-    box: npt.ArrayLike,
+    pixels: tuple[int, int, int, int],
     image_size: tuple[int, int],
     channels: int,
     shrink: float,
 ) -> Tensor:
-    """The box of a JPEG that Pillow scales while it decodes, to `shrink` times less at most."""
+    """The box of a JPEG at its size, which is scaled by a power of two while it is decoded."""
     from PIL import Image
 
     mode = "L" if channels == 1 else "RGB"
+    size, (left, top, right, bottom) = (header.width, header.height), pixels
     with Image.open(io.BytesIO(content)) as image:
-        image.draft(mode, (math.ceil(header.width / shrink), math.ceil(header.height / shrink)))
-        pixels = pixels_of(box, shape=(image.height, image.width), image_size=image_size)
-        part = np.array(image.crop(pixels).convert(mode), dtype=np.uint8)
-    return torch.from_numpy(part.reshape(*part.shape[:2], channels))
+        width, height = (math.ceil(side * _LEAST_SHRINK / shrink) for side in size)
+        image.draft(mode, (width, height))
+        scale = next(n for n in (8, 4, 2, 1) if image.size == tuple(-(-side // n) for side in size))
+        # To a part of a pixel: a box of whole ones would be another one here.
+        box = (left / scale, top / scale, right / scale, bottom / scale)
+        part = image.convert(mode).resize(image_size[::-1], Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(part, dtype=np.uint8).reshape(*image_size, channels))
 
 
 def as_channels(image: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:

@@ -172,3 +172,28 @@ def test_broken_jpegs_are_refused_as_they_are_whole() -> None:
             assert reasons[0] == reasons[1]
             refused += bool(reasons[0])
     assert 200 < refused < 1000
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("image_size", [(8, 8), (16, 20), (40, 31), (64, 64)])
+def test_a_jpeg_that_is_scaled_as_it_is_decoded(
+    image_size: tuple[int, int], subsampling: int
+) -> None:
+    from sklearn.datasets import load_sample_images
+
+    draw = np.random.default_rng(0)
+    scaled = 0
+    for photo in load_sample_images().images:
+        content = encoded(Image.fromarray(photo[:401, :613]), quality=90, subsampling=subsampling)
+        whole = decode_whole(content, grey=False)
+        for _ in range(4):
+            left, top = draw.uniform(0, 0.3, 2)
+            box = (left, top, left + draw.uniform(0.5, 0.7), top + draw.uniform(0.5, 0.7))
+            got = decode_crop(content, box, image_size=image_size, channels=3)
+            want = resize_crop(whole, box, image_size=image_size)
+            difference = (got.int() - want.int()).abs().float()
+            # Most at the edges of a box, where pixels lie across; of 8 x 8 nearly half are edges.
+            assert float(difference.mean()) < (3.0 if image_size == (8, 8) else 1.2)
+            assert float(difference.max()) <= 20
+            scaled += bool(difference.any())
+    assert (scaled > 0) == (max(image_size) < 60)  # a sixth of the boxes, and more

@@ -113,3 +113,21 @@ def test_without_dali_the_extra_is_named(source: Source, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ConfigError, match=r"pip install fastscarce\[dali\]"):
         loaders(source)
+
+
+def test_large_jpegs_that_are_shrunk_much(tmp_path: Path) -> None:
+    from sklearn.datasets import load_sample_images
+
+    for number, photo in enumerate(load_sample_images().images):
+        for kind in ("one", "two"):
+            path = tmp_path / kind / f"{number}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(photo[:400, : 600 - 7 * number]).save(path, quality=90)
+    source = open_source(f"folder:{tmp_path}")
+    for side in (16, 32, 64):
+        one, other = loaders(source, image_size=side)
+        for left, right in zip(one, other, strict=True):
+            assert left.ids.tolist() == right.ids.tolist()
+            difference = (left.images.float() - right.images.float()).abs()
+            assert float(difference.mean()) < 1.0
+            assert float(difference.max()) <= 16
