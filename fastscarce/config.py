@@ -294,12 +294,15 @@ class DistillConfig(DataConfig, RunConfig, TeacherConfig):
         teacher: As of `cache build`. With `cache` it says what the table lacks. Empty: none.
         labels: Result folder of `label`.
         policy: Of the views that the teacher sees. `null` is the table's; without a table
-            `student.augmentation`.
+            `student.augmentation`. With `+cutmix` or `+mixup`, or those in the table, the teacher
+            sees the student's mixed images, and `student.cutmix_probability` is of the labelled
+            ones alone; otherwise what it says of two views is mixed as they are.
         views: After how many epochs an image's first view comes again. `null`: as many as the table
             has; without a table never.
         k: Classes that a teacher without a table is heard of; `null` is 16, or all where fewer. Of
             a table: what its rows have to have; `null` takes what they have.
-        preset: `consistent` (the same views for both, KL alone, at least 30 epochs), `deit` (cross
+        preset: `consistent` (the same crop and the same mix for both, KL alone, at least 30
+            epochs; without a table the mix is `student.cutmix_probability`'s), `deit` (cross
             entropy with labels and with the teacher's first class, half and half) or `dkd` (at
             T = 4), which set the student's `alpha`, `loss`, `temperature` and `steps`.
         allow_mismatch: Keys, joined by commas, that the table may differ in from this run.

@@ -42,7 +42,8 @@ class CacheBuildConfig(TableConfig):
 
     Attributes:
         out: Folder of tables; this one's is named by its fingerprint.
-        policy: Of the views, without mixing: a student mixes the rows of two views by its plan.
+        policy: Of the views. Of one with `+cutmix` or `+mixup` the teacher sees mixed images, and
+            students mix them alike; of one without, a student mixes the rows of two views.
         views: Of each image. Students that train for more epochs go round.
         k: Classes kept a row; all where there are fewer.
         codec: Of the log-probabilities.

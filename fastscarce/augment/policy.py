@@ -114,6 +114,11 @@ class Policy:
         kinds = tuple(STEPS[name] for name in names)
         return replace(self, steps=tuple(s for s in self.steps if not isinstance(s, kinds)))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether an image may get a part of its partner."""
+        return any(isinstance(step, (CutMix, MixUp)) for step in self.steps)
+
     def followed_by(self, *steps: Step) -> Policy:
         """The policy with more steps at its end."""
         return replace(self, steps=(*self.steps, *steps))

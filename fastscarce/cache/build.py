@@ -1,8 +1,8 @@
 """Asks a teacher about every view of every sample, once.
 
-The unit of work is a fixed range of the sorted ids with a fixed number of rows; a process does
-those units whose number is its own modulo the processes. So the rows are the same for any number of
-processes, and after a resume with another number of them.
+The unit of work is a fixed range of the sorted ids, or of the pairs that are mixed, with a fixed
+number of rows; a process does those units whose number is its own modulo the processes. So the rows
+are the same for any number of processes, and after a resume with another number of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastscarce.augment import Policy, draw, get_policy
+from fastscarce.augment import Policy, get_policy
 from fastscarce.cache.fingerprint import (
     Content,
     differing,
@@ -43,8 +43,8 @@ from fastscarce.cache.record import Layout, pack
 from fastscarce.cache.samples import Samples, expectation
 from fastscarce.cache.sentinel import pixel_hashes, sentinel_ids
 from fastscarce.cache.shard import ROWS, ShardWriter, read_shard, rows_held
-from fastscarce.cache.tag import plan_tags
 from fastscarce.cache.teacher import Teacher
+from fastscarce.cache.views import SampleViews
 from fastscarce.errors import CacheError
 
 __all__ = ["BATCH", "Built", "build"]
@@ -103,13 +103,15 @@ def build(
             device of the images.
         samples: Which images.
         path: A folder of tables; this one's is named by its fingerprint.
-        policy: Of the views. Without mixing: a student mixes the rows of two views.
+        policy: Of the views. Of one with CutMix or MixUp rows are of mixed images, with the
+            partners that `fastscarce.data.Sampler` deals by ``seed``, ``pairs=True`` and ``views``.
+            Of one without, a student may mix the rows of two views.
         views: How many, numbered from 0.
         seed: Of the views.
         k: Classes kept a row; all of them where there are fewer.
         codec: Of the log-probabilities.
         tagged: Keep a hash of the plan with each row.
-        batch_size: Rows of a forward pass. Part of the result.
+        batch_size: Rows of a forward pass, whole pairs where they are mixed. Part of the result.
         rows_per_shard: What a process that dies loses at most, however it does; at least a batch.
             A file is closed an eighth before, so that the teacher goes on while it is written.
         rank: This process's number; each needs its own.
@@ -121,7 +123,7 @@ def build(
         CacheError: Another process writes as this one, or a table to go on with is damaged.
         ResultsError: The folder can't be written; what is there is whole.
         TrainingError: The teacher's output is not finite.
-        ValueError: A number is out of range, or the policy mixes images.
+        ValueError: A number is out of range.
     """
     started = time.monotonic()
     asked = Teacher.of(teacher)
@@ -152,6 +154,8 @@ def build(
             adopt_own(folder, manifest, f"rank{rank:03d}")
             done = _done(folder, manifest)
             work = _Work(asked, part, chosen, seed, layout, batch_size, views)
+            # What a teacher says of a mixed image is neither right nor wrong.
+            judged = part.without_labels() if chosen.mixes else part
             rows = max(rows_per_shard, batch_size)
             writer = ShardWriter(
                 folder,
@@ -160,7 +164,7 @@ def build(
                 writer=f"rank{rank:03d}",
                 rows=shard_rows(rows, batch_size),
             )
-            pieces = Pipeline(layout, part, writer, rows)
+            pieces = Pipeline(layout, judged, writer, rows)
             written = _run(work, pieces, done, rank, world_size)
             missing = _finish(folder)
     except OSError as error:
@@ -191,10 +195,9 @@ def _check(
             raise ValueError(f"build needs {name} of at least 1, got {value}.")
     if not 0 <= rank < world_size:
         raise ValueError(f"build needs rank from 0 to {world_size - 1}, got {rank}.")
-    if policy.without("cutmix", "mixup") != policy:
+    if policy.mixes and batch_size % 2:
         raise ValueError(
-            "build needs a policy without cutmix and mixup: a student mixes the rows of unmixed "
-            "views by its plan."
+            f"build needs an even batch_size for a policy that mixes two images, got {batch_size}."
         )
 
 
@@ -278,6 +281,23 @@ def _done(folder: Path, manifest: Manifest) -> dict[int, Ids]:
 
 
 @dataclass(frozen=True)
+class _Unit:
+    """Rows of one forward pass.
+
+    Attributes:
+        view: Of all of them.
+        places: Of the rows among the sorted samples.
+        own: How many of them are the unit's; those after them fill it up.
+        chosen: The view's sentinels among all samples.
+    """
+
+    view: SampleViews
+    places: Ids
+    own: int
+    chosen: Marks
+
+
+@dataclass(frozen=True)
 class _Work:
     teacher: Teacher
     samples: Samples
@@ -287,33 +307,32 @@ class _Work:
     batch_size: int
     views: int
 
-    def units(self) -> Iterator[tuple[int, Ids, Marks]]:
-        """View, places of a unit's rows among the sorted samples, and the view's sentinels.
-
-        The last unit is filled up from the first. Sentinels are marked among all samples.
-        """
+    def units(self) -> Iterator[_Unit]:
+        """Each view's rows in turn; the last unit is filled up from the first."""
         rows = len(self.samples.ids)
-        for view in range(self.views):
+        for number in range(self.views):
+            view = SampleViews(self.samples, self.policy, self.seed, number)
             chosen = np.isin(
-                self.samples.ids, sentinel_ids(self.samples.ids, view=view, seed=self.seed)
+                self.samples.ids, sentinel_ids(self.samples.ids, view=number, seed=self.seed)
             )
             for start in range(0, rows, self.batch_size):
-                places = np.arange(start, start + self.batch_size, dtype=np.int64) % rows
-                yield view, places, chosen
+                at = np.arange(start, start + self.batch_size, dtype=np.int64)
+                own = min(self.batch_size, rows - start)
+                yield _Unit(view, view.order[at % rows], own, chosen)
 
-    def ask(self, view: int, places: Ids, new: Ids, chosen: Marks) -> Piece:
+    def ask(self, unit: _Unit, new: Ids) -> Piece:
         """One forward pass. ``new``: places in the unit of the rows to keep."""
-        samples = self.samples
-        ids, device = samples.ids[places], samples.images.device
-        plan = draw(self.policy, ids, view=view, seed=self.seed, image_size=samples.size)
-        index = torch.from_numpy(samples.positions[places]).to(device, non_blocking=True)
-        logits = self.teacher.logits(plan.to(device, non_blocking=True), samples.images, index)
+        view, places, images = unit.view, unit.places, self.samples.images
+        ids = self.samples.ids[places]
+        plan, rows = view.draw(places)
+        planned = plan.to(images.device, non_blocking=True)
+        logits = self.teacher.logits(planned, images, view.index(rows))[: len(places)]
         if logits.dim() != 2 or logits.shape[1] != self.layout.classes:
             raise CacheError(
                 f"The teacher needs {self.layout.classes} classes, as the data has, got an output "
                 f"of shape {tuple(logits.shape)}; give a class map where its classes are others."
             )
-        tags = torch.from_numpy(plan_tags(plan)) if self.layout.tagged else None
+        tags = view.tags(plan, rows)[: len(places)] if self.layout.tagged else None
         records = pack(logits, self.layout, tags)
         ready = None
         if records.is_cuda:
@@ -321,30 +340,28 @@ class _Work:
             records = pinned.copy_(records, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        held = new[chosen[places[new]]]
+        held = new[unit.chosen[places[new]]]
         sentinels: dict[int, str] = {}
         if len(held):
-            again = draw(self.policy, ids[held], view=view, seed=self.seed, image_size=samples.size)
-            hashes = pixel_hashes(again, samples.images, index[torch.from_numpy(held).to(device)])
+            hashes = pixel_hashes(view, places[held])
             sentinels = dict(zip(ids[held].tolist(), hashes, strict=True))
-        return Piece(view, new, ids, records, sentinels, ready)
+        return Piece(view.view, new, ids, records, sentinels, ready)
 
 
 def _run(work: _Work, pieces: Pipeline, done: dict[int, Ids], rank: int, world_size: int) -> int:
     """This process's units, the writing in a thread of its own; returns the rows written."""
     written = 0
     try:
-        for number, (view, places, chosen) in enumerate(work.units()):
+        for number, unit in enumerate(work.units()):
             if number % world_size != rank:
                 continue
-            # Rows that fill up the last unit belong to the first.
-            own = np.arange(min(len(places), len(work.samples.ids) - int(places[0])))
-            known = done.get(view)
+            own = np.arange(unit.own)
+            known = done.get(unit.view.view)
             if known is not None:
-                own = own[~np.isin(work.samples.ids[places[own]], known)]
+                own = own[~np.isin(work.samples.ids[unit.places[own]], known)]
             if len(own):
                 pieces.reserve(len(own))
-                pieces.put(work.ask(view, places, own, chosen))
+                pieces.put(work.ask(unit, own))
                 written += len(own)
     finally:
         # Also when the loop was interrupted: whole units that were asked for are kept.

@@ -1,8 +1,9 @@
 """What a table was made of, by content and never by path, and what of it differs from another.
 
 A fingerprint is nested plain data: ``teacher`` (architecture, a digest a tensor, normalisation,
-resolution, precision), ``transform`` (policy, seed, version of the drawing, image size), ``data``
-(ids, pixels, class names) and ``cache`` (k, codec, views). Keys are written with dots.
+resolution, precision), ``transform`` (policy, seed, version of the drawing, image size, and who is
+mixed with whom), ``data`` (ids, pixels, class names) and ``cache`` (k, codec, views). Keys are
+written with dots.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from xxhash import xxh3_128
 
 from fastscarce.augment import MAPPING_VERSION, Policy
 from fastscarce.cache.checksum import checksum
+from fastscarce.data.order import DEALING_VERSION
 from fastscarce.errors import CacheError
 
 __all__ = ["differing", "digest", "of_data", "of_module", "of_transform", "require_same"]
@@ -45,14 +47,20 @@ def of_module(model: nn.Module) -> Content:
     }
 
 
-def of_transform(policy: Policy, seed: int, image_size: tuple[int, int]) -> Content:
-    """What a view of an image is. Views of another mapping version are other views."""
-    return {
+def of_transform(policy: Policy, seed: int, image_size: tuple[int, int], ids: Ids) -> Content:
+    """What a view of an image is. Views of another mapping version are other views.
+
+    Partners follow from all ids together, sorted int64 ``(rows,)``: with others, each is another.
+    """
+    content = {
         "policy": policy.to_dict(),
         "seed": seed,
         "mapping_version": MAPPING_VERSION,
         "image_size": list(image_size),
     }
+    if policy.mixes:
+        content["pairs"] = f"{DEALING_VERSION} {_of_ids(ids)}"
+    return content
 
 
 def of_data(ids: Ids, images: Tensor, positions: Ids, class_names: Sequence[str]) -> Content:
@@ -70,7 +78,7 @@ def of_data(ids: Ids, images: Tensor, positions: Ids, class_names: Sequence[str]
         pixels.update(np.ascontiguousarray(images[places].cpu().numpy()).data)
     return {
         "rows": len(ids),
-        "ids": checksum(np.ascontiguousarray(ids).data),
+        "ids": _of_ids(ids),
         "pixels": pixels.hexdigest(),
         "class_names": list(class_names),
     }
@@ -142,6 +150,10 @@ def listed(keys: Sequence[str]) -> str:
     """The first few of some keys as text."""
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more
+
+
+def _of_ids(ids: Ids) -> str:
+    return checksum(np.ascontiguousarray(ids).data)
 
 
 def _layers(model: nn.Module) -> str:

@@ -52,6 +52,10 @@ class Samples:
             self, ids=self.ids[order], positions=self.positions[order], labels=self.labels[order]
         )
 
+    def without_labels(self) -> Samples:
+        """The same, nobody knowing what they show."""
+        return replace(self, labels=np.full_like(self.labels, -1))
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
@@ -62,6 +66,6 @@ def expectation(samples: Samples, policy: str | Policy, seed: int) -> Content:
     """The parts of a fingerprint that a student knows: ``transform`` and ``data``."""
     chosen = samples.sorted()
     return {
-        "transform": of_transform(get_policy(policy), seed, samples.size),
+        "transform": of_transform(get_policy(policy), seed, samples.size, chosen.ids),
         "data": of_data(chosen.ids, samples.images, chosen.positions, samples.class_names),
     }

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from fastscarce.augment import Plan, Policy, apply, draw
+from fastscarce.augment import Policy, apply
 from fastscarce.augment.philox import keyed_order
 from fastscarce.cache.checksum import short_hash
+from fastscarce.cache.samples import Samples
 from fastscarce.cache.table import TeacherTable
+from fastscarce.cache.views import SampleViews
 from fastscarce.errors import CacheError
 
 __all__ = ["check_sentinels", "pixel_hashes", "sentinel_ids"]
@@ -31,16 +32,17 @@ def sentinel_ids(ids: Ids, *, view: int, seed: int) -> Ids:
     return ids[keyed_order(seed, ids, view=view, draw=_DRAW)[:COUNT]]
 
 
-def pixel_hashes(plan: Plan, images: Tensor, index: Tensor) -> list[str]:
-    """A hash of the levels of each planned view, before they are normalised."""
-    views = apply(plan.to(images.device), images, index=index, dtype=torch.uint8)
-    return [short_hash(view.tobytes()) for view in views.cpu().numpy()]
+def pixel_hashes(views: SampleViews, places: Ids) -> list[str]:
+    """A hash of the levels of the views of some samples, before they are normalised."""
+    plan, rows = views.draw(places)
+    images = views.samples.images
+    levels = apply(plan.to(images.device), images, index=views.index(rows), dtype=torch.uint8)
+    return [short_hash(view.tobytes()) for view in levels[: len(places)].cpu().numpy()]
 
 
 def check_sentinels(
     table: TeacherTable,
-    images: Tensor,
-    places: dict[int, int],
+    samples: Samples,
     *,
     policy: Policy,
     seed: int,
@@ -50,8 +52,7 @@ def check_sentinels(
 
     Args:
         table: Whose sentinels are looked at.
-        images: The pool, uint8 ``(n, height, width, channels)``.
-        places: Place in the pool of each sample id; samples that are not in it are left out.
+        samples: The images; what is remembered of others is left out.
         policy: Of the views.
         seed: Of the views.
         views: Which.
@@ -63,15 +64,14 @@ def check_sentinels(
         CacheError: Pixels differ, or a row names another first class than it did.
     """
     compared, other_pixels, other_class = 0, 0, 0
-    size = (int(images.shape[1]), int(images.shape[2]))
+    ordered = samples.sorted()
     for view in views:
-        known = [entry for entry in table.sentinels(view) if entry[0] in places]
+        known = [entry for entry in table.sentinels(view) if entry[0] in ordered.ids]
         if not known:
             continue
         ids = np.array([number for number, _, _ in known], dtype=np.int64)
-        index = torch.tensor([places[int(number)] for number in ids], device=images.device)
-        plan = draw(policy, ids, view=view, seed=seed, image_size=size)
-        hashes = pixel_hashes(plan, images, index)
+        places = np.searchsorted(ordered.ids, ids)
+        hashes = pixel_hashes(SampleViews(ordered, policy, seed, view), places)
         rows = table.rows(ids, view)
         best = rows.log_probs.float().argmax(1, keepdim=True)
         first = rows.indices.gather(1, best)[:, 0].cpu().tolist()

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastscarce.augment import draw, get_policy
+from fastscarce.augment import get_policy
 from fastscarce.augment.philox import keyed_order
 from fastscarce.cache.build import BATCH
 from fastscarce.cache.fingerprint import require_same
@@ -19,6 +20,7 @@ from fastscarce.cache.samples import Samples, expectation
 from fastscarce.cache.shard import read_shard
 from fastscarce.cache.table import TeacherTable
 from fastscarce.cache.teacher import Teacher
+from fastscarce.cache.views import SampleViews
 from fastscarce.errors import CacheError
 
 __all__ = ["Deep", "Verification", "verify"]
@@ -152,12 +154,13 @@ def _deep(
             places = places[: min(share, count - rows)]
             _, lacking = table.records(samples.ids[places], view)
             places = np.delete(places, lacking)
+            views = SampleViews(samples, policy, seed, view)
             for start in range(0, len(places), BATCH):
                 batch = places[start : start + BATCH]
                 kept = table.rows(samples.ids[batch], view).dense(manifest.layout.classes)
                 kept = torch.log_softmax(kept.float(), dim=1)  # rounded rows miss a sum of 1
-                first = _ask(teacher, samples, batch, policy, seed, view)
-                second = _ask(teacher, samples, batch[::-1].copy(), policy, seed, view).flip(0)
+                first = _ask(teacher, views, batch)
+                second = _ask(teacher, views, batch[::-1].copy()).flip(0)
                 rows += len(batch)
                 kl += float(_divergence(first, kept))
                 flips += int((first.argmax(1) != kept.argmax(1)).sum())
@@ -167,24 +170,10 @@ def _deep(
     return Deep(rows, kl / whole, flips, control_kl / whole, control_flips)
 
 
-def _ask(
-    teacher: Teacher,
-    samples: Samples,
-    places: np.ndarray[tuple[int], np.dtype[np.int64]],
-    policy: object,
-    seed: int,
-    view: int,
-) -> Tensor:
-    device = samples.images.device
-    plan = draw(
-        policy,  # type: ignore[arg-type]
-        samples.ids[places],
-        view=view,
-        seed=seed,
-        image_size=samples.size,
-    )
-    index = torch.from_numpy(samples.positions[places]).to(device)
-    logits = teacher.logits(plan.to(device), samples.images, index)
+def _ask(teacher: Teacher, views: SampleViews, places: npt.NDArray[np.int64]) -> Tensor:
+    plan, rows = views.draw(places)
+    images = views.samples.images
+    logits = teacher.logits(plan.to(images.device), images, views.index(rows))[: len(places)]
     return torch.log_softmax(logits.float(), dim=1).cpu()
 
 

@@ -13,7 +13,18 @@ import numpy.typing as npt
 from fastscarce.augment import neighbours
 from fastscarce.augment.philox import keyed_order
 
-__all__ = ["Numbers", "epoch_order", "occurrences", "partner_ids"]
+__all__ = [
+    "DEALING_VERSION",
+    "Numbers",
+    "dealt_order",
+    "epoch_order",
+    "occurrences",
+    "partner_ids",
+    "with_partners",
+]
+
+DEALING_VERSION = 1
+"""Of the dealing into pairs. Raised where the same ids, seed and view would make other pairs."""
 
 # The counter's words that set these draws apart from a view's.
 _DEAL = 0x0DEA100
@@ -57,13 +68,44 @@ def epoch_order(
     """
     if view is None:
         return keyed_order(seed, ids, view=epoch, draw=_SHUFFLE)
-    dealt = keyed_order(seed, ids, view=view, draw=_DEAL)
+    dealt = dealt_order(ids, seed=seed, view=view)
     pairs = dealt[: dealt.size // 2 * 2].reshape(-1, 2)
     heads = pairs[:, 0]
     epochs = np.broadcast_to(np.asarray(epoch, dtype=np.int64), ids.shape)[heads]
     shuffled = pairs[keyed_order(seed, ids[heads], view=epochs, draw=_SHUFFLE)].reshape(-1)
     left = dealt[shuffled.size :]
     return np.concatenate((left, shuffled) if odd_first else (shuffled, left))
+
+
+def dealt_order(ids: Numbers, *, seed: int, view: npt.ArrayLike) -> Numbers:
+    """Places of ``ids`` as they are dealt into pairs: 2i and 2i + 1 of the result are partners.
+
+    Args:
+        ids: int64 ``(n,)``, in any order. Equal ones need different views.
+        seed: Any integer; its low 64 bits count.
+        view: Number of the view, or one a row.
+
+    Returns:
+        int64 ``(n,)``, a permutation. The last of an odd number has no partner.
+    """
+    return keyed_order(seed, ids, view=view, draw=_DEAL)
+
+
+def with_partners(places: Numbers, partners: Numbers) -> tuple[Numbers, Numbers]:
+    """Some rows, and the partners that it takes to draw them.
+
+    Args:
+        places: Of the rows, int64 ``(m,)``.
+        partners: Place of each row's partner, its own where it has none, int64 ``(n,)``. Two
+            partners name each other.
+
+    Returns:
+        Places of those rows and then of the partners that are not among them, and for each of these
+        the place among them of its partner, both int64 ``(m + others,)``.
+    """
+    rows = np.concatenate((places, np.setdiff1d(partners[places], places)))
+    found, first = np.unique(rows, return_index=True)
+    return rows, first[np.searchsorted(found, partners[rows])]
 
 
 def partner_ids(ids: npt.ArrayLike, *, seed: int, view: int) -> Numbers:
@@ -78,7 +120,7 @@ def partner_ids(ids: npt.ArrayLike, *, seed: int, view: int) -> Numbers:
         int64 ``(n,)``: the partner's id, and its own for the one left over of an odd number.
     """
     numbers = np.ascontiguousarray(ids, dtype=np.int64)
-    dealt = keyed_order(seed, numbers, view=view, draw=_DEAL)
+    dealt = dealt_order(numbers, seed=seed, view=view)
     result = np.empty_like(numbers)
     result[dealt] = numbers[dealt[neighbours(dealt.size)]]
     return result

@@ -23,7 +23,7 @@ class StreamBatch:
         positions: Which samples.
         epoch: Of each row: a batch may span the end of an epoch.
         view: Which view of the sample: ``epoch * max_repeats + n`` for its n-th row in the epoch,
-            so that no view is seen twice.
+            so that no view is seen twice, unless the stream has ``views``.
         partners: Place in this batch of the row that is mixed in, for `fastscarce.augment.draw`;
             its own place for a row that has no partner.
     """
@@ -67,6 +67,9 @@ class Stream:
         pairs: Deal the samples into pairs of partners, keyed by (seed, epoch).
         ids: Of the samples, int64 ``(size,)``, which order and pairs follow from; None: the
             positions.
+        views: After how many views of a sample the first comes again. None: never.
+        same_pairs: A view comes again with its pairs, as `Sampler` deals them, and as a teacher
+            has seen it who looked at mixed images. Otherwise each epoch deals anew.
 
     Raises:
         ValueError: A number is out of range, or the processes can't share a batch evenly.
@@ -79,6 +82,8 @@ class Stream:
     world_size: int = field(default=1, kw_only=True)
     pairs: bool = field(default=False, kw_only=True)
     ids: npt.ArrayLike | None = field(default=None, kw_only=True)
+    views: int | None = field(default=None, kw_only=True)
+    same_pairs: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.size, (int, np.integer)):
@@ -95,6 +100,8 @@ class Stream:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be from 0 to {self.world_size - 1}, got {self.rank}.")
         block = self.world_size * (2 if self.pairs else 1)
+        if self.views is not None and self.views < 1:
+            raise ValueError(f"Stream needs views of at least 1, got {self.views}.")
         if self.batch_size < 1 or self.batch_size % block:
             what = "twice the" if self.pairs else "the"
             raise ValueError(
@@ -127,9 +134,12 @@ class Stream:
         return StreamBatch(
             positions=self._positions[place],
             epoch=epoch,
-            view=epoch * self.max_repeats + self._occurrence[place],
+            view=self._view(epoch * self.max_repeats + self._occurrence[place]),
             partners=self._partners(epoch),
         )
+
+    def _view(self, number: Numbers) -> Numbers:
+        return number if self.views is None else number % self.views
 
     def _partners(self, epoch: Numbers) -> Numbers:
         """Neighbours from an even row on, but for two that are of two epochs: each its own."""
@@ -144,12 +154,13 @@ class Stream:
         if epoch not in self._orders:
             while len(self._orders) >= _EPOCHS_KEPT:
                 del self._orders[next(iter(self._orders))]
-            views = epoch * self.max_repeats + self._occurrence
+            numbers = epoch * self.max_repeats + self._occurrence
+            view = self._view(numbers) if self.same_pairs else numbers
             self._orders[epoch] = epoch_order(
                 self._ids,
                 seed=self.seed,
-                epoch=views,
-                view=views if self.pairs else None,
+                epoch=numbers,
+                view=view if self.pairs else None,
                 odd_first=bool(epoch % 2),
             )
         return self._orders[epoch]

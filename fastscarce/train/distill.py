@@ -19,6 +19,7 @@ from fastscarce.cache import (
     check_sentinels,
     expectation,
 )
+from fastscarce.cache.fingerprint import of_transform, require_same
 from fastscarce.config import DistillConfig, StudentConfig
 from fastscarce.errors import CacheError, ConfigError, DataError
 from fastscarce.pseudo import PseudoLabels, read_parquet
@@ -30,7 +31,7 @@ from fastscarce.train.run import Run, remove_state
 from fastscarce.train.tables import keys_of, samples_of
 from fastscarce.train.task import Task, prepare
 from fastscarce.train.teacher import load_teacher
-from fastscarce.train.teaching import Teaching, label_teaching, with_mixing
+from fastscarce.train.teaching import Teaching, label_teaching, mixes, with_mixing
 
 __all__ = ["distill"]
 
@@ -120,7 +121,9 @@ def _teaching(
     samples = samples_of(task.images, task.split, task.pool)
 
     def teaching(policy: Policy, views: int | None, **rows: Any) -> Teaching:
-        mixing = with_mixing(policy, student)
+        mixing = policy if policy.mixes else with_mixing(policy, student)
+        if config.preset == "consistent":
+            mixing = policy  # the student sees what the teacher saw, and nothing else
         return Teaching(
             task.pool,
             samples.positions,
@@ -133,11 +136,8 @@ def _teaching(
 
     if config.cache is None:
         policy = task.pool.policy(config.policy or student.augmentation)
-        if policy.without("cutmix", "mixup") != policy:
-            raise ConfigError(
-                "policy needs views without cutmix and mixup, which student.cutmix_probability adds"
-                f", got {config.policy!r}."
-            )
+        if config.preset == "consistent" and not policy.mixes:
+            policy = with_mixing(policy, student)
         classes = task.pool.classes
         layout = Layout(classes, min(config.k or _K, classes))
         yield teaching(policy, config.views, layout=layout), None
@@ -147,6 +147,11 @@ def _teaching(
         views = table.views if config.views is None else config.views
         _check(task, samples, config, table, policy, views, live)
         result["table"] = table.manifest.fingerprint
+        if config.preset == "consistent" and not policy.mixes and mixes(student):
+            task.run.say(
+                "the teacher saw unmixed views, and so does the student; `cache build --policy "
+                "standard+cutmix` would mix them"
+            )
         yield teaching(policy, views, source=table), None
 
 
@@ -187,6 +192,13 @@ def _check(
             "ground of a warp); build a table with this --flip, or pass --allow-mismatch "
             "transform.policy where you know that it does not matter."
         )
+    ids = np.sort(samples.ids)
+    require_same(
+        {"transform": of_transform(policy, task.pool.seed, samples.size, ids)},
+        table.manifest.content,
+        where=str(table.folder),
+        allow=allowed,
+    )
     if not 1 <= views <= table.views:
         raise ConfigError(
             f"views must be from 1 to the {table.views} of the table {table.folder}, got {views}."
@@ -200,8 +212,7 @@ def _check(
     if lacking == 0 and "data.pixels" not in allowed:
         compared = check_sentinels(
             table,
-            samples.images,
-            dict(zip(samples.ids.tolist(), samples.positions.tolist(), strict=True)),
+            samples,
             policy=policy,
             seed=task.pool.seed,
             views=range(min(views, _CHECKED_VIEWS)),

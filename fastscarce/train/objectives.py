@@ -7,6 +7,8 @@ means is the mean over the batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,15 @@ _NO_LABEL = -100  # what the losses ignore
 
 
 def _stream(
-    run: Run, name: str, pool: Pool, positions: Positions, batch_size: int, *, pairs: bool
+    run: Run,
+    name: str,
+    pool: Pool,
+    positions: Positions,
+    batch_size: int,
+    *,
+    pairs: bool,
+    seed: int | None = None,
+    **views: Any,
 ) -> Stream:
     pieces = run.config.gradient_accumulation_steps
     parts = run.world_size * pieces * (2 if pairs else 1)
@@ -44,12 +54,13 @@ def _stream(
         )
     return Stream(
         positions,
-        seed=derive_seed(run.config.seed, name, "order"),
+        seed=derive_seed(run.config.seed, name, "order") if seed is None else seed,
         batch_size=batch_size,
         rank=run.rank,
         world_size=run.world_size,
         pairs=pairs,
         ids=pool.ids[positions],
+        **views,
     )
 
 
@@ -87,7 +98,8 @@ class Supervised:
 class SelfTraining:
     """Cross entropy on labelled images and distillation on taught ones, one forward pass.
 
-    A mixed image is taught the same mixture of its two teacher rows. Without a weight on the labels
+    A mixed image is taught what the teacher says of it, or where the teacher sees unmixed images
+    the same mixture of its two rows. Without a weight on the labels
     the labelled images are left out.
 
     Args:
@@ -123,10 +135,14 @@ class SelfTraining:
             pool,
             teaching.lessons,
             settings.unlabelled_batch_size,
-            pairs=mixes(settings),
+            pairs=teaching.mixing.mixes,
+            # A teacher that sees mixed images sees the pairs of the views' own seed.
+            seed=pool.seed if teaching.mixed else None,
+            views=teaching.cached_views,
+            same_pairs=teaching.mixed,
         )
         self._pool = pool
-        self._feed = Feed(pool, self._stream, teaching.mixing, views=teaching.cached_views)
+        self._feed = Feed(pool, self._stream, teaching.mixing)
         # Labels of the taught images themselves, for the loss that tells the label's class apart.
         self._known = torch.full_like(pool.labels, _NO_LABEL)
         if settings.loss == "dkd":
@@ -160,17 +176,18 @@ class SelfTraining:
     def _taught_loss(self, logits: Tensor, positions: Positions, plan: Plan, rows: TopK) -> Tensor:
         """Mean over the taught rows."""
         settings = self._settings
+        unmixed = None if self._teaching.mixed else plan
         match settings.loss:
             case "kl":
-                teacher = mixed_rows(rows, plan)
+                teacher = mixed_rows(rows, unmixed)
                 return kd_loss(logits, teacher, None, temperature=settings.temperature)
             case "hard":
-                return kd_loss(logits, None, mixed_labels(rows, plan))
+                return kd_loss(logits, None, mixed_labels(rows, unmixed))
             case "dkd":
                 labels = self._known[torch.from_numpy(positions).to(self._known.device)]
                 return kd_loss(
                     logits,
-                    mixed_log_probs(rows, plan, logits.shape[1]),
+                    mixed_log_probs(rows, unmixed, logits.shape[1]),
                     plan.mixed_target(labels),
                     loss="dkd",
                     temperature=settings.temperature,

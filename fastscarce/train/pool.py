@@ -210,16 +210,12 @@ class Feed:
         pool: Where they come from.
         stream: Says which they are.
         policy: What is done to them.
-        views: After how many views of an image the first comes again. None: never.
     """
 
-    def __init__(
-        self, pool: Pool, stream: Stream, policy: str | Policy, *, views: int | None = None
-    ) -> None:
+    def __init__(self, pool: Pool, stream: Stream, policy: str | Policy) -> None:
         self._pool = pool
         self._stream = stream
         self._policy = policy
-        self._views = views
         self._drawn: deque[tuple[StreamBatch, Plan]] = deque()
         self._pieces: Iterator[StreamBatch] | None = None
         self._coming: Iterator[Taken] | None = None
@@ -257,8 +253,6 @@ class Feed:
         """Pieces without end."""
         while True:
             batch = self._stream.batch(step)
-            if self._views is not None:
-                batch = replace(batch, view=batch.view % self._views)
             for number in range(piece, pieces):
                 yield batch.piece(number, pieces)
             step, piece = step + 1, 0

@@ -14,12 +14,13 @@ from fastscarce.cache import Layout, Teacher, decode, pack
 from fastscarce.cache.view import View
 from fastscarce.config import StageConfig
 from fastscarce.data import StreamBatch
+from fastscarce.data.order import with_partners
 from fastscarce.errors import CacheError, ConfigError
 from fastscarce.ops import MixedTarget, MixedTopK, TopK
 from fastscarce.pseudo import PseudoLabels
 from fastscarce.train.pool import Pool, Positions
 
-__all__ = ["LabelRows", "Source", "Teaching", "label_teaching", "with_mixing"]
+__all__ = ["LabelRows", "Source", "Teaching", "label_teaching", "mixes", "with_mixing"]
 
 
 class Source(Protocol):
@@ -55,13 +56,15 @@ class LabelRows:
 class Teaching:
     """Views of some images, and what the teacher says of each.
 
-    A mixed image is taught the same mixture of what the teacher says of its two unmixed views.
+    Where its policy mixes, the teacher looks at the mixed images themselves. Otherwise a mixed
+    image is taught the same mixture of what the teacher says of its two unmixed views.
 
     Args:
         pool: The images.
         lessons: Positions to learn from, one as often as it counts in an epoch.
-        policy: Of the unmixed views, as the teacher saw them.
-        mixing: The same followed by what mixes the student's.
+        policy: Of the views, as the teacher saw them.
+        mixing: Of the student's: the same, followed by what mixes them where the teacher's are not
+            mixed.
         source: Of rows. None: the teacher is asked about every view.
         live: The teacher, for rows that the source lacks.
         layout: Of rows, where there is no source.
@@ -89,6 +92,8 @@ class Teaching:
         self.lessons = lessons
         self.layout = chosen
         self.mixing = mixing
+        self.mixed = policy.mixes
+        """Whether the teacher sees the mixed images."""
         self.cached_views = views
         self.filled = 0
         """Rows that the teacher was asked for because the source lacked them."""
@@ -98,20 +103,20 @@ class Teaching:
         self._live = live
 
     def rows(self, batch: StreamBatch) -> TopK:
-        """What the teacher says of the unmixed views, a row a row on the pool's device.
+        """What the teacher says of the views that it sees, a row a row on the pool's device.
 
         Args:
-            batch: Which images, and which view of each.
+            batch: Which images, which view of each, and their partners.
 
         Raises:
             CacheError: Rows are missing and there is no teacher to ask.
         """
-        return decode(self._records(batch.positions, batch.view), self.layout)
+        return decode(self._records(batch), self.layout)
 
-    def _records(self, positions: Positions, view: Positions) -> Tensor:
+    def _records(self, batch: StreamBatch) -> Tensor:
         if self._source is None:
-            return self._ask(positions, view)
-        records, lacking = self._source.records(self._pool.ids[positions], view)
+            return self._ask(batch, np.arange(len(batch.positions)))
+        records, lacking = self._source.records(self._pool.ids[batch.positions], batch.view)
         if len(lacking) == 0:
             return records
         if self._live is None:
@@ -121,16 +126,19 @@ class Teaching:
             )
         self.filled += len(lacking)
         place = torch.from_numpy(lacking).to(records.device)
-        return records.index_copy(0, place, self._ask(positions[lacking], view[lacking]))
+        return records.index_copy(0, place, self._ask(batch, lacking))
 
-    def _ask(self, positions: Positions, view: Positions) -> Tensor:
+    def _ask(self, batch: StreamBatch, places: Positions) -> Tensor:
+        """Rows of some of a batch's images, and of partners that it takes to draw them."""
         assert self._live is not None
         device = self._pool.device
-        plan = self._pool.draw(positions, self._policy, view).to(device)
+        rows, partners = with_partners(places, batch.partners) if self.mixed else (places, None)
+        positions = batch.positions[rows]
+        plan = self._pool.draw(positions, self._policy, batch.view[rows], partners).to(device)
         index = torch.from_numpy(positions).to(device)
-        logits = self._live.logits(plan, self._pool.whole(), index)
+        logits = self._live.logits(plan, self._pool.whole(), index)[: len(places)]
         # The tags of a table's rows are not looked at here: zeros take their place.
-        tags = torch.zeros(len(positions), dtype=torch.int64) if self.layout.tagged else None
+        tags = torch.zeros(len(places), dtype=torch.int64) if self.layout.tagged else None
         return pack(logits, self.layout, tags)
 
 
@@ -174,23 +182,31 @@ def mixes(settings: StageConfig) -> bool:
     return settings.cutmix_probability > 0.0 and settings.cutmix_alpha > 0.0
 
 
-def mixed_rows(rows: TopK, plan: Plan) -> TopK | MixedTopK:
-    """The teacher of mixed images; the rows as they are where nothing is mixed."""
-    return rows if bool((plan.table["lam"] == 1.0).all()) else plan.mixed_topk(rows)
+def mixed_rows(rows: TopK, plan: Plan | None) -> TopK | MixedTopK:
+    """The teacher of mixed images; the rows as they are where nothing is mixed.
+
+    Here and below the plan is what mixes the images; None where rows are of mixed ones already.
+    """
+    if plan is None or bool((plan.table["lam"] == 1.0).all()):
+        return rows
+    return plan.mixed_topk(rows)
 
 
-def mixed_labels(rows: TopK, plan: Plan) -> MixedTarget:
+def mixed_labels(rows: TopK, plan: Plan | None) -> Tensor | MixedTarget:
     """The first class of each row, mixed as the images are."""
-    first = rows.log_probs.float().argmax(1, keepdim=True)
-    return plan.mixed_target(rows.indices.gather(1, first)[:, 0].long())
+    place = rows.log_probs.float().argmax(1, keepdim=True)
+    first = rows.indices.gather(1, place)[:, 0].long()
+    return first if plan is None else plan.mixed_target(first)
 
 
-def mixed_log_probs(rows: TopK, plan: Plan, classes: int) -> Tensor:
+def mixed_log_probs(rows: TopK, plan: Plan | None, classes: int) -> Tensor:
     """All classes' log-probabilities of mixed images, float32 ``(rows, classes)``.
 
     For losses that look at more than the classes that a row names.
     """
     own = torch.log_softmax(rows.dense(classes).float(), dim=1)
+    if plan is None:
+        return own
     other = own[plan.partner.to(own.device)]
     share = plan.lam.to(own.device)[:, None]
     mixed = torch.logaddexp(own + share.log(), other + (1.0 - share).log())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from fastscarce.cache import (
     verify,
 )
 from fastscarce.cache.tag import plan_tags
+from fastscarce.data import Sampler
 from fastscarce.errors import CacheError, TrainingError
 
 ROOT = Path(__file__).parents[2]
@@ -62,13 +64,63 @@ def test_rows_are_what_the_teacher_says_of_the_views(
     assert network.asked == 10 * 32 + 3  # the last of five units a view is filled up
 
 
+@pytest.mark.parametrize("count", [150, 149, 21])
+def test_rows_of_a_policy_that_mixes_are_of_mixed_images(
+    make: Any, samples: Samples, network: Any, tmp_path: Path, count: int
+) -> None:
+    """Pairs are those of the sampler, whatever its batches; an odd one out is not mixed."""
+    part = Samples(samples.images, samples.ids[:count], samples.positions[:count],
+                   samples.labels[:count], samples.class_names)  # fmt: skip
+    built = make(tmp_path, network, part, policy="standard+cutmix", tagged=True)
+    assert (built.written, built.missing) == (2 * count, 0)
+    assert "teacher_top1" not in info(built.folder)["quality"]
+    place = {int(i): int(p) for i, p in zip(part.ids, part.positions, strict=True)}
+    sampler = Sampler(part.ids, seed=5, batch_size=20, pairs=True, views=2)
+    mixed, alone = 0, 0
+    with TeacherTable.open(tmp_path) as table:
+        for _ in range(3):  # the third epoch reads the first view, in another order
+            for batch in sampler:
+                plan = draw("standard+cutmix", batch.ids, view=batch.view, seed=5, image_size=8,
+                            partners=batch.partners)  # fmt: skip
+                index = torch.tensor([place[int(number)] for number in batch.ids])
+                with torch.inference_mode():
+                    said = pack(network(apply(plan, samples.images, index=index)), Layout(10, 5))
+                expected = decode(said, Layout(10, 5)).dense(10)[batch.mask]
+                rows = table.rows(batch.ids, batch.view)
+                assert torch.allclose(rows.dense(10)[batch.mask], expected, atol=2e-2)
+                tags = table.tags(table.records(batch.ids, batch.view)[0])
+                assert tags is not None
+                own = plan_tags(plan, batch.ids[batch.partners])
+                assert np.array_equal(own[batch.mask], tags.numpy()[batch.mask])
+                mixed += int((plan.lam < 1.0)[batch.mask].sum())
+                alone += int((batch.partners == np.arange(len(batch.ids)))[batch.mask].sum())
+        assert mixed > 2 * count
+        assert alone == (3 if count % 2 else 0)
+        policy = get_policy("standard+cutmix")
+        found = check_sentinels(table, part, policy=policy, seed=5, views=range(2))
+        assert found == 2 * min(16, count)
+        # With one sample less each is mixed with another one.
+        fewer = Samples(part.images, part.ids[1:], part.positions[1:], part.labels[1:],
+                        part.class_names)  # fmt: skip
+        with pytest.raises(CacheError, match=r"remembered views \d+ have other pixels"):
+            check_sentinels(table, fewer, policy=policy, seed=5, views=range(2))
+    found = verify(built.folder, deep=60, teacher=Teacher.of(network), samples=part).deep
+    assert found is not None
+    assert (found.rows, found.flips) == (min(60, 2 * count), 0)
+    assert abs(found.kl) < 1e-2  # of five classes of ten
+    with pytest.raises(CacheError, match=r"data\.pixels, data\.rows, transform\.pairs differ"):
+        verify(built.folder, deep=60, teacher=Teacher.of(network), samples=fewer,
+               allow_mismatch=("data.ids",))  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["standard", "weak+mixup"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_rows_do_not_depend_on_the_processes(
-    make: Any, samples: Samples, tmp_path: Path, world_size: int
+    make: Any, samples: Samples, tmp_path: Path, world_size: int, policy: str
 ) -> None:
-    alone = make(tmp_path / "alone")
+    alone = make(tmp_path / "alone", policy=policy)
     for rank in reversed(range(world_size)):
-        built = make(tmp_path / "shared", rank=rank, world_size=world_size)
+        built = make(tmp_path / "shared", rank=rank, world_size=world_size, policy=policy)
     assert built.missing == 0
     assert torch.equal(rows_of(built.folder, samples), rows_of(alone.folder, samples))
     a, b = info(alone.folder), info(built.folder)
@@ -78,22 +130,23 @@ def test_rows_do_not_depend_on_the_processes(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("policy", ["standard", "standard+cutmix"])
 def test_resume_with_another_number_of_processes(
-    make: Any, samples: Samples, tmp_path: Path, network: Any
+    make: Any, samples: Samples, tmp_path: Path, network: Any, policy: str
 ) -> None:
-    alone = make(tmp_path / "alone")
-    first = make(tmp_path / "shared", rank=1, world_size=3)
+    alone = make(tmp_path / "alone", policy=policy)
+    first = make(tmp_path / "shared", rank=1, world_size=3, policy=policy)
     assert 0 < first.written < 300
     assert first.missing == 300 - first.written
     assert info(first.folder)["quality"] is None
     for rank in range(2):
-        last = make(tmp_path / "shared", network, rank=rank, world_size=2)
+        last = make(tmp_path / "shared", network, rank=rank, world_size=2, policy=policy)
     assert (last.folder, last.missing) == (first.folder, 0)
     assert network.asked <= 300 - first.written + 2 * 32  # nothing is asked twice
     assert torch.equal(rows_of(last.folder, samples), rows_of(alone.folder, samples))
-    again = make(tmp_path / "shared")
+    again = make(tmp_path / "shared", policy=policy)
     assert (again.written, again.kept) == (0, 300)
-    assert "teacher_top1" in info(first.folder)["quality"]
+    assert ("teacher_top1" in info(first.folder)["quality"]) == (policy == "standard")
 
 
 def test_writers_killed_at_any_instant(tmp_path: Path) -> None:
@@ -219,7 +272,6 @@ def test_teachers_precision_resolution_and_class_map(
 def test_tags_and_sentinels_see_other_views(make: Any, samples: Samples, tmp_path: Path) -> None:
     make(tmp_path, tagged=True)
     part = samples.sorted()
-    places = {int(i): int(p) for i, p in zip(part.ids, part.positions, strict=True)}
     policy = get_policy("standard")
     with TeacherTable.open(tmp_path) as table:
         records, _ = table.records(part.ids, 1)
@@ -231,18 +283,19 @@ def test_tags_and_sentinels_see_other_views(make: Any, samples: Samples, tmp_pat
         assert (plan_tags(other) != tags.numpy()).all()
 
         check = {"policy": policy, "seed": 5, "views": range(2)}
-        assert check_sentinels(table, part.images, places, **check) == 32
+        assert check_sentinels(table, part, **check) == 32
         changed = part.images.clone()
-        changed[[places[entry[0]] for entry in table.sentinels(0)]] ^= 255
+        known = np.isin(part.ids, [entry[0] for entry in table.sentinels(0)])
+        changed[torch.from_numpy(part.positions[known])] ^= 255
         with pytest.raises(CacheError, match=r"of 32 remembered views \d+ have other pixels"):
-            check_sentinels(table, changed, places, **check)
+            check_sentinels(table, replace(part, images=changed), **check)
         with pytest.raises(CacheError, match=r"of 32 remembered views 3[0-2] have other pixels"):
-            check_sentinels(table, part.images, places, **{**check, "seed": 6})
+            check_sentinels(table, part, **{**check, "seed": 6})
 
 
 def test_what_can_not_be_built(make: Any, samples: Samples, tmp_path: Path, network: Any) -> None:
     for changed, message in (
-        ({"policy": "weak+cutmix"}, "policy without cutmix and mixup"),
+        ({"policy": "weak+cutmix", "batch_size": 33}, "an even batch_size for a policy that mix"),
         ({"views": 0}, "views of at least 1, got 0"),
         ({"rank": 2, "world_size": 2}, "rank from 0 to 1, got 2"),
     ):

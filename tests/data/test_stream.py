@@ -63,6 +63,23 @@ def test_pairs_are_dealt_and_never_split(size: int, half: int, world: int) -> No
     assert all(sorted(positions) == list(range(size)) for positions in seen[:3])
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_views_come_again_with_their_pairs_or_with_others(same: bool) -> None:
+    ids = np.arange(13) * 7 - 20
+    stream = Stream(13, seed=2, batch_size=6, pairs=True, ids=ids, views=3, same_pairs=same)
+    orders: list[list[int]] = [[] for _ in range(8)]
+    for step in range(8 * 13 // 6):
+        batch = stream.batch(step)
+        assert np.array_equal(batch.view, batch.epoch % 3)
+        for row, (epoch, view) in enumerate(zip(batch.epoch, batch.view, strict=True)):
+            mates = partner_ids(ids, seed=2, view=int(view if same else epoch))
+            position = batch.positions[row]
+            assert ids[batch.positions[batch.partners[row]]] == mates[position]
+            orders[epoch].append(int(position))
+    assert all(sorted(order) == list(range(13)) for order in orders[:-1])
+    assert orders[0] != orders[3]  # the pairs of a view in another order
+
+
 def test_pieces_keep_their_partners() -> None:
     batch = Stream(7, seed=0, batch_size=12, pairs=True).batch(0)
     mates = batch.positions[batch.partners]
@@ -121,6 +138,7 @@ def test_a_repeated_sample_never_repeats_a_view() -> None:
         {"size": 5, "batch_size": 4, "world_size": 2, "rank": 2},
         {"size": 5, "batch_size": 6, "world_size": 2, "pairs": True},
         {"size": 5, "batch_size": 4, "ids": [1, 2]},
+        {"size": 5, "batch_size": 4, "views": 0},
     ],
 )
 def test_refusals(options: dict[str, Any]) -> None:

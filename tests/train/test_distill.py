@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastscarce.cache import Layout, Teacher, TeacherTable, build
+from fastscarce.cache import Layout, Teacher, TeacherTable, build, decode, pack
 from fastscarce.cli import main
 from fastscarce.config import DataConfig, ModelConfig, RunConfig, StudentConfig, TeacherConfig
-from fastscarce.data import StreamBatch
+from fastscarce.data import StreamBatch, partner_ids
 from fastscarce.errors import DataError, ModelError
 from fastscarce.ops import MixedTopK, TopK, kd_loss
 from fastscarce.train.objectives import SelfTraining, Supervised
@@ -51,14 +51,23 @@ def teacher(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def table(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of three views of the 269 training images, made by two processes."""
-    folder = tmp_path_factory.mktemp("table")
+    return built(teacher, tmp_path_factory.mktemp("table"))
+
+
+@pytest.fixture(scope="module")
+def mixed_table(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of mixed images."""
+    return built(teacher, tmp_path_factory.mktemp("table"), "--policy=standard+cutmix")
+
+
+def built(teacher: Path, folder: Path, *more: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         for rank in ("1", "0"):
             patch.setenv("RANK", rank)
             code, out, err = fastscarce(
                 "cache", "build", f"--teacher={teacher}", f"--out={folder}", "--views=3",
-                "--k=5", "--teacher-batch-size=64", *DATA,
+                "--k=5", "--teacher-batch-size=64", *more, *DATA,
             )  # fmt: skip
             assert code == 0, err
     assert "complete" in out
@@ -141,6 +150,52 @@ def test_missing_rows_are_counted_or_said_by_the_teacher(
     assert filled.result["filled_rows"] > 0
     for (*_, left), (*_, right) in zip(filled.losses, whole.losses, strict=True):
         assert left == pytest.approx(right, rel=1e-3)
+
+
+def test_a_table_of_mixed_images_and_its_teacher_are_one(
+    command: Any, in_two_processes: Any, teacher: Path, mixed_table: Path, tmp_path: Path
+) -> None:
+    """More than an epoch of an odd number of images, rows that are missing, two processes."""
+    settings = {"model.name": "small_cnn_gn", "student.steps": 20, "student.alpha": 1.0}
+    cached = command("distill", tmp_path / "cached", cache=mixed_table, **settings)
+    assert cached.code == 0, cached.err
+    assert "3 views, 32 remembered ones are equal" in cached.out
+    live = {"teacher": teacher, "policy": "standard+cutmix", "k": 5, "views": 3}
+    others = [command("distill", tmp_path / "live", **live, **settings)]
+    copy = shutil.copytree(mixed_table, tmp_path / "copy")
+    sorted(copy.rglob("view-00000/*"))[0].unlink()
+    assert fastscarce("cache", "gc", str(copy))[0] == 0
+    others.append(command("distill", tmp_path / "fill", cache=copy, teacher=teacher, **settings))
+    assert others[-1].result["filled_rows"] > 100
+    others.append(in_two_processes("distill", tmp_path / "two", cache=mixed_table, **settings))
+    for other in others:
+        assert other.code == 0, other.err
+        for (*_, left), (*_, right) in zip(cached.losses, other.losses, strict=True):
+            assert left == pytest.approx(right, rel=2e-3)
+    # Others' rows would be of other pairs.
+    refused = command("distill", tmp_path / "refused", cache=mixed_table, holdout_per_class=1,
+                      allow_mismatch="data", **settings)  # fmt: skip
+    assert refused.code == 2
+    assert "made of something else: transform.pairs differs" in refused.err
+
+
+def test_the_consistent_preset_is_one_crop_and_one_mix(
+    command: Any, teacher: Path, table: Path, mixed_table: Path, tmp_path: Path
+) -> None:
+    few = {"student.unlabelled_batch_size": 264, "model.name": "small_cnn_gn"}
+    mix = {"student.augmentation": "standard", "student.cutmix_probability": 1.0, "k": 5}
+    live = command("distill", tmp_path / "live", preset="consistent", teacher=teacher, **few, **mix)
+    assert live.code == 0, live.err
+    cached = command("distill", tmp_path / "mixed", preset="consistent", cache=mixed_table, **few)
+    assert cached.code == 0, cached.err
+    assert len(live.losses) == len(cached.losses) == 31  # 30 epochs of 269 images
+    assert live.losses[0][2] == pytest.approx(cached.losses[0][2], rel=1e-3)
+    unmixed = command("distill", tmp_path / "unmixed", preset="consistent", cache=table, **few)
+    assert "the teacher saw unmixed views, and so does the student" in unmixed.out
+    assert "unmixed" not in cached.out
+    none = {"student.cutmix_probability": 0.0}
+    plain = command("distill", tmp_path / "plain", preset="consistent", cache=table, **few, **none)
+    assert plain.losses == unmixed.losses
 
 
 def test_two_processes_build_and_distill(
@@ -288,6 +343,49 @@ def test_losses_are_those_of_the_rows(task: Task, table: Path, loss: str) -> Non
     expected = LOSSES[loss](model(images), dense, label)
     torch.testing.assert_close(value, expected, rtol=2e-3, atol=1e-5)
     assert all(bool((p.grad != 0).any()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("cached", [True, False])
+def test_losses_of_a_teacher_that_sees_mixed_images(
+    task: Task, teacher: Path, mixed_table: Path, loss: str, cached: bool
+) -> None:
+    settings = StudentConfig(
+        unlabelled_batch_size=24, alpha=1.0, temperature=2.0,
+        loss=loss,  # type: ignore[arg-type]
+    )  # fmt: skip
+    model = task.network(ModelConfig(name="small_cnn_gn"), "teacher")
+    facts = {"classes": task.images.classes, "channels": 1, "device": torch.device("cpu")}
+    live = load_teacher(TeacherConfig(teacher=str(teacher)), **facts)
+    policy = task.pool.policy("standard+cutmix")
+    with TeacherTable.open(mixed_table) as source:
+        layout = source.layout
+        rows = {"source": source} if cached else {"live": live, "layout": layout}
+        lessons = samples_of(task.images, task.split, task.pool).positions
+        taught = Teaching(task.pool, lessons, policy=policy, mixing=policy, views=3, **rows)
+        objective = SelfTraining(task.run, task.pool, task.split.labelled, taught, settings)
+        step = 50  # of the fifth epoch, which sees the second view again
+        value = objective(model, step, 0, 1)
+        value.backward()
+    batch = objective._stream.batch(step)
+    assert (batch.view == 1).all()
+    ids = task.pool.ids[batch.positions]
+    mates = dict(zip(task.pool.ids[lessons].tolist(),
+                     partner_ids(task.pool.ids[lessons], seed=task.pool.seed, view=1).tolist(),
+                     strict=True))  # fmt: skip
+    assert ids[batch.partners].tolist() == [mates[int(number)] for number in ids]
+    plan = task.pool.draw(batch.positions, policy, 1, batch.partners)
+    assert int((plan.lam < 1.0).sum()) > 12
+    index = torch.from_numpy(batch.positions)
+    said = decode(pack(live.logits(plan, task.pool.whole(), index), layout), layout)
+    images = task.pool.carry_out(plan, task.pool.take(batch.positions), model)
+    label = torch.full((24,), -100)
+    known = np.isin(batch.positions, task.split.labelled)
+    label[torch.from_numpy(known)] = task.pool.labels[torch.from_numpy(batch.positions[known])]
+    assert 0 < known.sum() < 24
+    dense = torch.log_softmax(said.dense(10).float(), dim=1).exp()
+    expected = LOSSES[loss](model(images), dense, plan.mixed_target(label))
+    torch.testing.assert_close(value, expected, rtol=2e-3, atol=1e-5)
 
 
 class Made(TorchDispatchMode):
