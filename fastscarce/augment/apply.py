@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastscarce.augment.plan import Plan
+from fastscarce.augment.plan import Plan, require_plan
 from fastscarce.ops.augment import augment, check_index, check_result, checked_normalisation
+from fastscarce.ops.tensors import require_tensor
 
 __all__ = ["apply"]
 
@@ -53,14 +54,11 @@ def apply(
         ValueError: A dtype, a shape or a number is none of these, the images have another size
             than the plan, or an index is outside the pool.
     """
-    if not isinstance(plan, Plan):
-        raise ValueError(f"apply needs a Plan, such as draw returns, got {type(plan).__name__}.")
-    for name, given in (("images", images), ("index", index), ("out", out)):
-        if not isinstance(given, Tensor) and (given is not None or name == "images"):
-            raise ValueError(
-                f"apply needs {name} as a tensor, got {type(given).__name__}; torch.as_tensor"
-                " makes one."
-            )
+    require_plan("apply", plan)
+    require_tensor("apply", "images", images)
+    for name, given in (("index", index), ("out", out)):
+        if given is not None:
+            require_tensor("apply", name, given)
     if images.dim() == 4 and tuple(images.shape[1:3]) != plan.image_size:
         raise ValueError(
             "apply needs images of the plan's size, {}x{}, got {}x{}.".format(
@@ -99,7 +97,7 @@ def apply(
 
 def _check_places(index: Tensor, count: int) -> None:
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+        places = f"an index from 0 to {count - 1}" if count else "one image or more"
         raise ValueError(
-            f"apply needs an index from 0 to {count - 1}, got {int(index.min())} to"
-            f" {int(index.max())}."
+            f"apply needs {places}, got an index of {int(index.min())} to {int(index.max())}."
         )

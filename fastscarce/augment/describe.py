@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastscarce.augment.plan import Plan
+from fastscarce.augment.plan import Plan, require_plan
 from fastscarce.augment.table import MIXES, OPERATIONS, SLOTS
 
 __all__ = ["describe"]
@@ -27,7 +27,11 @@ def describe(plan: Plan) -> list[str]:
 
     Returns:
         Parts of a text are joined by ``", "``; a row that does nothing is ``"as it is"``.
+
+    Raises:
+        ValueError: It is no plan.
     """
+    require_plan("describe", plan)
     return [_of_row(row) for row in plan.table]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable, byte_of
 from fastscarce.ops import MixedTarget, MixedTopK, TopK
+from fastscarce.ops.tensors import require_tensor
 
-__all__ = ["Plan", "concatenate", "planned"]
+__all__ = ["Plan", "concatenate", "planned", "require_plan"]
 
 _new = object.__new__
 _LAM, _PARTNER = (byte_of(name) // 4 for name in ("lam", "partner"))
@@ -100,6 +101,7 @@ class Plan:
         Raises:
             ValueError: There is not one int64 label a row.
         """
+        require_tensor("mixed_target", "labels", labels)
         if labels.dtype != torch.int64 or labels.shape != (len(self),):
             raise ValueError(
                 f"mixed_target needs int64 labels of shape ({len(self)},), got {labels.dtype} "
@@ -120,6 +122,10 @@ class Plan:
         Raises:
             ValueError: There is not one teacher row a row.
         """
+        if not isinstance(teacher, TopK):
+            raise ValueError(
+                f"mixed_topk needs a TopK, such as topk returns, got {type(teacher).__name__}."
+            )
         if len(teacher) != len(self):
             raise ValueError(f"mixed_topk needs a teacher of {len(self)} rows, got {len(teacher)}.")
         device = teacher.indices.device
@@ -149,8 +155,22 @@ class Plan:
                 facts = json.loads(str(content["facts"]))
                 height, width = facts["image_size"]
                 return cls(content["table"], (int(height), int(width)), int(facts["version"]))
-        except (KeyError, ValueError, EOFError, OSError, BadZipFile) as error:
+        except OSError as error:
+            raise ValueError(
+                f"Plan.load can't read {path} ({error.strerror or error}); check the path."
+            ) from None
+        except (KeyError, ValueError, EOFError, BadZipFile) as error:
             raise ValueError(f"Plan.load needs a plan's file, got {path}: {error}") from None
+
+
+def require_plan(name: str, plan: object) -> None:
+    """Refuse what is no plan.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(plan, Plan):
+        raise ValueError(f"{name} needs a Plan, such as draw returns, got {type(plan).__name__}.")
 
 
 def planned(rows: Tensor, image_size: tuple[int, int]) -> Plan:
@@ -169,6 +189,8 @@ def concatenate(plans: Sequence[Plan]) -> Plan:
     Raises:
         ValueError: There is none, or their image sizes or versions differ.
     """
+    for plan in plans:
+        require_plan("concatenate", plan)
     kinds = {(plan.image_size, plan.version) for plan in plans}
     if len(kinds) != 1:
         raise ValueError(

@@ -110,7 +110,14 @@ class Policy:
         return found
 
     def without(self, *names: str) -> Policy:
-        """The policy without the steps of these names."""
+        """The policy without the steps of these names.
+
+        Raises:
+            ValueError: There is no such step.
+        """
+        unknown = [name for name in names if name not in STEPS]
+        if unknown:
+            raise ValueError(f"without needs steps of {', '.join(STEPS)}, got {unknown[0]!r}.")
         kinds = tuple(STEPS[name] for name in names)
         return replace(self, steps=tuple(s for s in self.steps if not isinstance(s, kinds)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fastscarce.augment import (
     TrivialAugment,
     apply,
     concatenate,
+    describe,
     draw,
     draw_batches,
     neighbours,
@@ -439,6 +441,20 @@ def test_a_step_at_the_end_leaves_the_others_as_they_were() -> None:
     assert np.array_equal(weak, mixed)
 
 
+def test_what_is_no_plan_is_refused() -> None:
+    plan = draw("weak", range(4), view=0, seed=0, image_size=8)
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: concatenate([plan, 3]), "concatenate needs a Plan"),  # type: ignore[list-item]
+        (lambda: describe(plan.table), "describe needs a Plan"),  # type: ignore[arg-type]
+        (lambda: plan.mixed_target([1, 2, 3, 4]), "labels as a tensor"),  # type: ignore[arg-type]
+        (lambda: plan.mixed_topk(torch.zeros(4, 3)), "needs a TopK"),  # type: ignore[arg-type]
+        (lambda: POLICIES["weak"].without("flop"), "without needs steps of flip"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     plan = draw("strong+cutmix", range(9), view=3, seed=2, image_size=(20, 30))
     plan.save(tmp_path / "plan.npz")
@@ -446,9 +462,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert np.array_equal(back.table, plan.table)
     assert (back.image_size, back.version) == (plan.image_size, plan.version)
     (tmp_path / "no.npz").write_bytes(b"nothing")
-    for path in (tmp_path / "no.npz", tmp_path / "none.npz"):
-        with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
-            Plan.load(path)
+    with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
+        Plan.load(tmp_path / "no.npz")
+    with pytest.raises(ValueError, match=r"\(No such file or directory\); check the path"):
+        Plan.load(tmp_path / "none.npz")
 
 
 def test_two_views_of_one_call() -> None:
