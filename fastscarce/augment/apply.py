@@ -97,7 +97,7 @@ def apply(
 
 def _check_places(index: Tensor, count: int) -> None:
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
-        places = f"an index from 0 to {count - 1}" if count else "one image or more"
-        raise ValueError(
-            f"apply needs {places}, got an index of {int(index.min())} to {int(index.max())}."
-        )
+        least, most = int(index.min()), int(index.max())
+        if count == 0:
+            raise ValueError(f"apply needs one image or more for an index of {least} to {most}.")
+        raise ValueError(f"apply needs an index from 0 to {count - 1}, got {least} to {most}.")

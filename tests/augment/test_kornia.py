@@ -134,7 +134,7 @@ def test_refusals(executor: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             apply(plan, images, executor=executor, **{name: value})  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="needs one image or more, got an index of 0 to 1"):
+    with pytest.raises(ValueError, match="needs one image or more for an index of 0 to 1"):
         apply(plan, images[:0], index=torch.tensor([0, 1]), executor=executor)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="int64 index"):
         apply(plan, images, index=torch.tensor([0, 1]).int(), executor=executor)  # type: ignore[arg-type]
