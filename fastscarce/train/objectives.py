@@ -176,18 +176,19 @@ class SelfTraining:
     def _taught_loss(self, logits: Tensor, positions: Positions, plan: Plan, rows: TopK) -> Tensor:
         """Mean over the taught rows."""
         settings = self._settings
-        unmixed = None if self._teaching.mixed else plan
+        # What mixes the rows: nothing where they are of mixed images already.
+        mixing = None if self._teaching.mixed else plan
         match settings.loss:
             case "kl":
-                teacher = mixed_rows(rows, unmixed)
+                teacher = mixed_rows(rows, mixing)
                 return kd_loss(logits, teacher, None, temperature=settings.temperature)
             case "hard":
-                return kd_loss(logits, None, mixed_labels(rows, unmixed))
+                return kd_loss(logits, None, mixed_labels(rows, mixing))
             case "dkd":
                 labels = self._known[torch.from_numpy(positions).to(self._known.device)]
                 return kd_loss(
                     logits,
-                    mixed_log_probs(rows, unmixed, logits.shape[1]),
+                    mixed_log_probs(rows, mixing, logits.shape[1]),
                     plan.mixed_target(labels),
                     loss="dkd",
                     temperature=settings.temperature,
