@@ -3,9 +3,10 @@
 Run ``python bench/worth_of_a_table.py --seeds 0 1 2``. By the public commands, for each seed: two
 teachers learn from the labels (`finetune`); `cache build` keeps what both say of three views of
 each image, with k = 10 and with k = 5 of the 10 classes; a student learns from each table, and one
-beside the living teachers. The first teacher is the same network as the students, trained on the
-labels alone as long as they are: what they have to beat. Printed are accuracies on the 10,000 test
-images of the last weights.
+beside the living teachers. Half of the views that these students see are mixed by CutMix, and rows
+with them; in a further table (k = 10) the teachers see the mixed images themselves. The first
+teacher is the same network as the students, trained on the labels alone as long as they are: what
+they have to beat. Printed are accuracies on the 10,000 test images of the last weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
+from fastscarce.augment import CutMix, get_policy
+
 POLICY = "standard"
+MIXED = 0.5  # of the views
 NETWORKS = ("small_cnn", "small_cnn_gn")
 
 
@@ -51,15 +57,21 @@ def of_seed(seed: int, data: str, place: Path, steps: int, threads: int) -> dict
             f"--out={place / network}",
         )  # fmt: skip
     teacher = "--teacher=" + ",".join(str(place / network) for network in NETWORKS)
-    student = [*shared, *run, f"--student.steps={steps}"]
-    for k in (10, 5):
+    student = [
+        *shared, *run, f"--student.steps={steps}", f"--student.cutmix-probability={MIXED}"
+    ]  # fmt: skip
+    mixed = place / "mixed.yaml"
+    policy = get_policy(POLICY).followed_by(CutMix(probability=MIXED))
+    mixed.write_text(yaml.safe_dump(policy.to_dict()))
+    for name, views, k in (("10", POLICY, 10), ("5", POLICY, 5), ("mixed", mixed, 10)):
         fastscarce(
-            "cache", "build", *shared, teacher, f"--policy={POLICY}", "--views=3", f"--k={k}",
-            f"--out={place / f'table-{k}'}",
+            "cache", "build", *shared, teacher, f"--policy={views}", "--views=3", f"--k={k}",
+            f"--out={place / f'table-{name}'}",
         )  # fmt: skip
         fastscarce(
-            "distill", *student, f"--cache={place / f'table-{k}'}", f"--out={place / f'cached-{k}'}"
-        )
+            "distill", *student, f"--cache={place / f'table-{name}'}",
+            f"--out={place / f'cached-{name}'}",
+        )  # fmt: skip
     fastscarce(
         "distill", *student, teacher, f"--policy={POLICY}", "--views=3", f"--out={place / 'live'}"
     )
@@ -67,6 +79,7 @@ def of_seed(seed: int, data: str, place: Path, steps: int, threads: int) -> dict
         "labels alone": accuracy(place / NETWORKS[0]),
         "table, k = 10": accuracy(place / "cached-10"),
         "table, k = 5": accuracy(place / "cached-5"),
+        "table of mixed images": accuracy(place / "cached-mixed"),
         "living teachers": accuracy(place / "live"),
     }
 

@@ -293,10 +293,10 @@ class DistillConfig(DataConfig, RunConfig, TeacherConfig):
         cache: Table, or folder of tables, of the same data and seed.
         teacher: As of `cache build`. With `cache` it says what the table lacks. Empty: none.
         labels: Result folder of `label`.
-        policy: Of the views that the teacher sees. `null` is the table's; without a table
-            `student.augmentation`. With `+cutmix` or `+mixup`, or those in the table, the teacher
-            sees the student's mixed images, and `student.cutmix_probability` is of the labelled
-            ones alone; otherwise what it says of two views is mixed as they are.
+        policy: Of the views that the teacher sees, a name or a YAML file. `null` is the table's;
+            without a table `student.augmentation`. With `+cutmix` or `+mixup`, or those in the
+            table, the teacher sees the student's mixed images, and `student.cutmix_probability` is
+            of the labelled ones alone; otherwise what it says of two views is mixed as they are.
         views: After how many epochs an image's first view comes again. `null`: as many as the table
             has; without a table never.
         k: Classes that a teacher without a table is heard of; `null` is 16, or all where fewer. Of
@@ -355,7 +355,7 @@ class BenchDataConfig:
     Attributes:
         data: As for training: `digits`, `folder:PATH`, `table:PATH` and so on.
         image_size: Side in pixels that encoded images are brought to.
-        policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`.
+        policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`, or a YAML file.
         batch_size: Images of a batch.
         loader: Who decodes: `torch`, or `dali` (NVIDIA DALI, an extra).
         workers: Processes that decode ahead, or threads of DALI.

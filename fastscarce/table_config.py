@@ -42,12 +42,13 @@ class CacheBuildConfig(TableConfig):
 
     Attributes:
         out: Folder of tables; this one's is named by its fingerprint.
-        policy: Of the views. Of one with `+cutmix` or `+mixup` the teacher sees mixed images, and
-            students mix them alike; of one without, a student mixes the rows of two views.
+        policy: Of the views: its name, such as `standard`, or a YAML file. Of one with `+cutmix` or
+            `+mixup` the teacher sees mixed images, and students mix them alike; of one without, a
+            student mixes the rows of two views.
         views: Of each image. Students that train for more epochs go round.
         k: Classes kept a row; all where there are fewer.
         codec: Of the log-probabilities.
-        tagged: Keep four bytes with each row by which a student sees that it draws the same view.
+        tagged: Keep four bytes with each row, a hash of the plan that drew its view.
         teacher_batch_size: Rows of a forward pass.
         rows_per_shard: Rows that a process which dies loses at most; a file is closed an eighth
             before.

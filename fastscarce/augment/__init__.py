@@ -6,7 +6,7 @@ from fastscarce.augment.apply import apply
 from fastscarce.augment.describe import describe
 from fastscarce.augment.draw import draw, draw_batches, neighbours
 from fastscarce.augment.plan import Plan, concatenate
-from fastscarce.augment.policy import POLICIES, Policy, get_policy
+from fastscarce.augment.policy import POLICIES, Policy, get_policy, read_policy
 from fastscarce.augment.single import plan_of
 from fastscarce.augment.steps import (
     STEPS,
@@ -49,4 +49,5 @@ __all__ = [
     "get_policy",
     "neighbours",
     "plan_of",
+    "read_policy",
 ]

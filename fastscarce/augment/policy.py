@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +28,9 @@ from fastscarce.augment.steps import (
     step_from,
 )
 from fastscarce.augment.table import BORDERS, SAMPLINGS, SLOTS
+from fastscarce.errors import ConfigError
 
-__all__ = ["POLICIES", "Policy", "get_policy"]
+__all__ = ["POLICIES", "Policy", "get_policy", "read_policy"]
 
 _NUMBERS = 5  # of a step, at most
 _SIZES_KEPT = 16
@@ -221,6 +223,24 @@ def get_policy(policy: str | Sequence[Any] | Policy) -> Policy:
     if not isinstance(policy, str):
         return Policy.from_dict(policy)
     return _named(policy)
+
+
+def read_policy(text: str) -> Policy:
+    """The policy that a command is given: a name as of `get_policy`, or a YAML file.
+
+    Raises:
+        ConfigError: There is no such policy or file, or what it says is out of range.
+    """
+    try:
+        if not text.endswith((".yaml", ".yml")):
+            return get_policy(text)
+        return Policy.from_yaml(Path(text).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The policy in {text} can't be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"The policy in {text} can't be read: it is no UTF-8 text.") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @functools.lru_cache(maxsize=64)

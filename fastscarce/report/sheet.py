@@ -12,7 +12,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastscarce.augment import Policy, apply, concatenate, describe, draw, get_policy
+from fastscarce.augment import Policy, apply, concatenate, describe, draw, read_policy
 from fastscarce.config import ShowAugmentConfig
 from fastscarce.data import ImageSet, load
 from fastscarce.errors import ConfigError
@@ -36,10 +36,7 @@ def show_augment(config: ShowAugmentConfig) -> Path:
             f"show-augment needs at least 1 image and 1 view, got {config.images} and"
             f" {config.views}."
         )
-    try:
-        policy = _policy(config.policy)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    policy = read_policy(config.policy)
     images = load(
         config.data,
         image_size=config.image_size,
@@ -52,17 +49,6 @@ def show_augment(config: ShowAugmentConfig) -> Path:
     return draw_sheet(
         images, policy, config.out, images=config.images, views=config.views, seed=config.seed
     )
-
-
-def _policy(text: str) -> Policy:
-    if not text.endswith((".yaml", ".yml")):
-        return get_policy(text)
-    try:
-        return Policy.from_yaml(Path(text).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"The policy in {text} can't be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"The policy in {text} can't be read: it is no UTF-8 text.") from None
 
 
 def draw_sheet(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastscarce.augment import Policy, get_policy
+from fastscarce.augment import Policy, get_policy, read_policy
 from fastscarce.cache import (
     Layout,
     Samples,
@@ -110,6 +110,7 @@ def _teaching(
         labels = _labels(task, config.labels)
         yield label_teaching(task.pool, labels, student), labels
         return
+    asked = None if config.policy is None else read_policy(config.policy)
     live = None
     if config.teacher:
         live = load_teacher(
@@ -135,14 +136,14 @@ def _teaching(
         )
 
     if config.cache is None:
-        policy = task.pool.policy(config.policy or student.augmentation)
+        policy = task.pool.policy(asked or student.augmentation)
         if config.preset == "consistent" and not policy.mixes:
             policy = with_mixing(policy, student)
         classes = task.pool.classes
         layout = Layout(classes, min(config.k or _K, classes))
         yield teaching(policy, config.views, layout=layout), None
         return
-    with _table(task, samples, config, live) as table:
+    with _table(task, samples, config, asked, live) as table:
         policy = get_policy(table.manifest.content["transform"]["policy"])
         views = table.views if config.views is None else config.views
         _check(task, samples, config, table, policy, views, live)
@@ -156,12 +157,16 @@ def _teaching(
 
 
 def _table(
-    task: Task, samples: Samples, config: DistillConfig, live: Teacher | None
+    task: Task,
+    samples: Samples,
+    config: DistillConfig,
+    asked: Policy | None,
+    live: Teacher | None,
 ) -> TeacherTable:
     """The table of this data, these views and, where it is given, this teacher."""
     assert config.cache is not None
-    expect = expectation(samples, task.pool.policy(config.policy or "eval"), task.pool.seed)
-    if config.policy is None:
+    expect = expectation(samples, task.pool.policy(asked or "eval"), task.pool.seed)
+    if asked is None:
         del expect["transform"]["policy"]
     if config.k is not None:
         expect["cache"] = {"k": min(config.k, task.pool.classes)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from fastscarce.augment import read_policy
 from fastscarce.cache import Built, Samples, Teacher, Verification, build, verify
 from fastscarce.data import ImageSet, Split
 from fastscarce.table_config import CacheBuildConfig, CacheVerifyConfig, TableConfig
@@ -34,12 +35,13 @@ def build_table(config: CacheBuildConfig, say: Say) -> Built:
     """
     rank = int(os.environ.get("RANK", "0"))
     said = say if rank == 0 else _nothing
+    policy = read_policy(config.policy)
     pool, samples, teacher = _prepared(config, said)
     return build(
         teacher,
         samples,
         config.out,
-        policy=pool.policy(config.policy),
+        policy=pool.policy(policy),
         views=config.views,
         seed=pool.seed,
         k=config.k,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastscarce.augment import apply, draw, get_policy
+from fastscarce.augment import apply, draw, read_policy
 from fastscarce.config import BenchDataConfig
 from fastscarce.data import Failure, Loader, LoaderBatch, Sampler, Source, inspect, open_source
 from fastscarce.data.crop import without_crop
@@ -105,10 +105,7 @@ def measure_data(config: BenchDataConfig) -> Throughput:
         drop_path_rate=config.model.stochastic_depth,
     )
     model = model.to(device).to(memory_format=torch.channels_last)
-    try:
-        policy = get_policy(config.policy)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    policy = read_policy(config.policy)
     sampler = Sampler(source.ids, seed=config.seed, batch_size=config.batch_size, pairs=True)
     clock = _Clock(config.seconds, device)
 

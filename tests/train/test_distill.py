@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastscarce.augment import CutMix, get_policy
 from fastscarce.cache import Layout, Teacher, TeacherTable, build, decode, pack
 from fastscarce.cli import main
 from fastscarce.config import DataConfig, ModelConfig, RunConfig, StudentConfig, TeacherConfig
@@ -172,6 +174,18 @@ def test_a_table_of_mixed_images_and_its_teacher_are_one(
         assert other.code == 0, other.err
         for (*_, left), (*_, right) in zip(cached.losses, other.losses, strict=True):
             assert left == pytest.approx(right, rel=2e-3)
+    # The same policy from a file; another that the table is not of.
+    written = tmp_path / "policy.yaml"
+    for probability, code in ((1.0, 0), (0.5, 2)):
+        policy = get_policy("standard").followed_by(CutMix(probability=probability))
+        written.write_text(yaml.safe_dump(policy.to_dict()))
+        read = command("distill", tmp_path / f"read{code}", cache=mixed_table, policy=written,
+                       **settings)  # fmt: skip
+        assert read.code == code, read.err
+        if code == 0:
+            assert read.losses == cached.losses
+        else:
+            assert "transform.policy.steps.2.cutmix.probability differs" in read.err
     # Others' rows would be of other pairs.
     refused = command("distill", tmp_path / "refused", cache=mixed_table, holdout_per_class=1,
                       allow_mismatch="data", **settings)  # fmt: skip
