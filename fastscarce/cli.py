@@ -174,9 +174,10 @@ def _explained(error: Exception, arguments: Sequence[str]) -> ConfigError:
     unknown = re.search(r"(?:does not accept option '|unrecognized arguments: -*)([\w.\-]+)", text)
     if unknown and command:
         known = _keys(COMMANDS[command])
-        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"see fastscarce {command} --help."
-        return ConfigError(f"{command} has no setting {unknown[1]!r}; {hint}")
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        name = command.replace("-", " ") if command == _BENCH_DATA else command
+        hint = f"did you mean {near[0]}?" if near else f"see fastscarce {name} --help."
+        return ConfigError(f"{name} has no setting {unknown[1]!r}; {hint}")
     wrong = re.search(r"invalid choice: '([^']+)'", text)
     if wrong and command is None:
         known = [*COMMANDS, _CACHE, _DOCTOR]
@@ -296,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == _SHOW:
             from fastscarce.report import show_augment
 
-            print(show_augment(config))
+            print(show_augment(config, print))
             return 0
         if command.startswith(_CACHE):
             return _table(command, config)

@@ -330,6 +330,9 @@ class ShowAugmentConfig:
     Attributes:
         policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`, or a YAML file.
         data: As for training: `digits`, `folder:PATH`, `table:PATH` and so on.
+        image_key: As for training.
+        label_key: As for training.
+        id_key: As for training.
         out: The PNG file.
         images: Rows of the sheet.
         views: Views of each image.
@@ -340,6 +343,9 @@ class ShowAugmentConfig:
 
     policy: str = "strong+cutmix"
     data: str = "digits"
+    image_key: str | None = None
+    label_key: str | None = None
+    id_key: str | None = None
     out: str = "sheet.png"
     images: int = 6
     views: int = 5
@@ -354,6 +360,9 @@ class BenchDataConfig:
 
     Attributes:
         data: As for training: `digits`, `folder:PATH`, `table:PATH` and so on.
+        image_key: As for training.
+        label_key: As for training.
+        id_key: As for training.
         image_size: Side in pixels that encoded images are brought to.
         policy: Name of a policy, such as `strong+cutmix` or `randaugment(2, 9)`, or a YAML file.
         batch_size: Images of a batch.
@@ -367,6 +376,9 @@ class BenchDataConfig:
     """
 
     data: str = "digits"
+    image_key: str | None = None
+    label_key: str | None = None
+    id_key: str | None = None
     image_size: int = 224
     policy: str = "randaugment(2, 9)+cutmix"
     batch_size: int = 64

@@ -152,8 +152,8 @@ def _index(
     unlabelled = int((labels[arrays["is_test"].astype(bool)] == UNLABELLED).sum())
     if unlabelled:
         raise DataError(
-            f"{unlabelled} images of the test split have no label; name the files without them, or"
-            " give them labels."
+            f"{unlabelled} images of the test split have no label; give them labels, or rename the"
+            " files or the column split so that they are no test split."
         )
     watched = [*files, os.path.join(os.path.dirname(files[0]), CLASS_FILE)]
     return Index(arrays, {"classes": list(classes)}, watched, made)

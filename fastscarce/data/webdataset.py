@@ -110,8 +110,8 @@ def _index(places: Sequence[str], image_key: str | None, label_key: str | None) 
     unlabelled = int((labels[is_test] == UNLABELLED).sum())
     if unlabelled:
         raise DataError(
-            f"{unlabelled} images of the test split have no label; name the shards without them, or"
-            " give them labels."
+            f"{unlabelled} images of the test split have no label; give them labels, or rename the"
+            " shards so that they are no test split."
         )
     keys = Names(map(printable, found.keys))
     arrays: Arrays = {

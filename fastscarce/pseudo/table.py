@@ -1,9 +1,10 @@
 """Pseudo-labels on the disk: a Parquet table to query, and the soft rows beside it.
 
 ``pseudo_labels.parquet`` has a row an image: id, path, label, class_name, confidence, margin,
-entropy, agreement, chosen, repeats. ``pseudo_labels.safetensors`` has the same ids and the
-log-probabilities. The table names the checksum of the soft rows, so that the two can't be mixed up
-with those of another run, and both are checked when they are read.
+entropy, agreement, chosen, repeats. ``pseudo_labels/log_probs.safetensors`` has the same ids and
+the log-probabilities, in a folder of its own because timm takes any such file beside a
+``config.json`` for the model's. The table names the checksum of the soft rows, so that the two
+can't be mixed up with those of another run, and both are checked when they are read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fastscarce.errors import DataError
 from fastscarce.files import write_whole
@@ -62,8 +63,8 @@ class LabelTable:
 
 
 def soft_path(path: str | Path) -> Path:
-    """Where the soft rows of a table lie: the same name, ending in ``.safetensors``."""
-    return Path(path).with_suffix(".safetensors")
+    """Where the soft rows of a table lie: in the folder of its name."""
+    return Path(path).with_suffix("") / "log_probs.safetensors"
 
 
 def write_parquet(
@@ -217,10 +218,8 @@ def _save_soft(
 ) -> None:
     """Write the soft rows; one entry of metadata, since several come in no fixed order."""
     metadata = {KEY.decode(): json.dumps({key: head[key] for key in ("version", "class_names")})}
-    try:
-        save_file({"id": ids, "log_probs": np.ascontiguousarray(soft)}, place, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(_line(error)) from error
+    content = {"id": ids, "log_probs": np.ascontiguousarray(soft)}
+    place.write_bytes(save(content, metadata=metadata))
 
 
 def _check(head: dict[str, Any]) -> str:

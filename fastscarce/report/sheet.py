@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,12 @@ _INCHES = 1.7  # of an image
 _LETTERS = 26  # of a line under it
 
 
-def show_augment(config: ShowAugmentConfig) -> Path:
-    """Draw views of the first images of a data set, spread over its classes, into a PNG.
+def show_augment(config: ShowAugmentConfig, say: Callable[[str], None]) -> Path:
+    """Draw views of images of a data set, spread over its classes, into a PNG.
+
+    Args:
+        config: Of the sheet.
+        say: Gets a line for each image that can't be decoded.
 
     Raises:
         ConfigError: The policy is unknown, or a number is out of range.
@@ -39,9 +44,15 @@ def show_augment(config: ShowAugmentConfig) -> Path:
     policy = read_policy(config.policy)
     images = load(
         config.data,
+        image_key=config.image_key,
+        label_key=config.label_key,
+        id_key=config.id_key,
         image_size=config.image_size,
         flip={"auto": None, "yes": True, "no": False}[config.flip],
+        on_error="skip",
     )
+    for failure in images.failures:
+        say(f"{failure.name} is left out ({failure.reason})")
     if not images.flip:
         policy = policy.without("flip")
     if images.channels == 3 and policy.fill == 0:

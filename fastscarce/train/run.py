@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import yaml
 
 from fastscarce.config import RunConfig, to_dict
 from fastscarce.errors import FastscarceError, Interrupted, ResultsError
@@ -209,6 +210,18 @@ def _differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
     return names
 
 
+def _changed(run: Run, command: str, settings: dict[str, Any]) -> list[str]:
+    """Names of the settings that an earlier run of a folder had otherwise."""
+    return ["command"] * (command != run.command) + _differing(settings, _settings(run.config))
+
+
+def _of_results(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The command and the settings of a complete run."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return manifest["command"], {k: v for k, v in settings.items() if k not in _FREE_ON_RESUME}
+
+
 def _is_used(folder: Path) -> bool:
     """Whether a folder holds more than a run leaves that ended before its first step."""
     return any(
@@ -241,9 +254,7 @@ def _prepare_folder(run: Run) -> None:
         leftover.unlink()  # what a kill left of a file that was being written
     if used and record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
-        changed = _differing(before["settings"], _settings(config))
-        if before["command"] != run.command:
-            changed.insert(0, "command")
+        changed = _changed(run, before["command"], before["settings"])
         if changed:
             raise ResultsError(
                 f"{folder} was started with other settings ({', '.join(changed)}); resume it with "
@@ -253,6 +264,12 @@ def _prepare_folder(run: Run) -> None:
     if used and not (folder / "result.json").is_file():
         raise ResultsError(f"{folder} holds no run that could be resumed; name another --out.")
     if used:
+        changed = _changed(run, *_of_results(folder))
+        if changed:
+            raise ResultsError(
+                f"{folder} holds the results of other settings ({', '.join(changed)}); name "
+                "another --out, or replace them by --overwrite without --resume."
+            )
         return
     run.state.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"command": run.command, "settings": _settings(config)}, indent=1)

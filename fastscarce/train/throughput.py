@@ -38,6 +38,7 @@ class Throughput:
         model: Forward and backward of the model.
         together: All of it.
         bottleneck: The stage that holds the others up.
+        failures: Images that were met and can't be decoded.
     """
 
     read: float
@@ -48,6 +49,7 @@ class Throughput:
     model: float
     together: float
     bottleneck: str
+    failures: tuple[Failure, ...]
 
 
 def bench_data(config: BenchDataConfig) -> str:
@@ -72,7 +74,8 @@ def bench_data(config: BenchDataConfig) -> str:
         f"{stage:16}{'-' if rate is None else f'{rate:.0f}':>10} images/s  {how}".rstrip()
         for stage, how, rate in lines
     ]
-    return "\n".join([*rows, f"bottleneck: {found.bottleneck}"])
+    broken = [f"{one.name} was left out ({one.reason})" for one in found.failures]
+    return "\n".join([*rows, f"bottleneck: {found.bottleneck}", *broken])
 
 
 def measure_data(config: BenchDataConfig) -> Throughput:
@@ -91,7 +94,12 @@ def measure_data(config: BenchDataConfig) -> Throughput:
         torch.set_num_threads(config.threads)
     use_gpu = torch.cuda.is_available() and not config.cpu
     device = torch.device("cuda" if use_gpu else "cpu")
-    source = open_source(config.data)
+    source = open_source(
+        config.data,
+        image_key=config.image_key,
+        label_key=config.label_key,
+        id_key=config.id_key,
+    )
     channels = _channels(source)
     size = source.shape[:2] if source.shape else (config.image_size, config.image_size)
     model = create(
@@ -108,6 +116,13 @@ def measure_data(config: BenchDataConfig) -> Throughput:
     policy = read_policy(config.policy)
     sampler = Sampler(source.ids, seed=config.seed, batch_size=config.batch_size, pairs=True)
     clock = _Clock(config.seconds, device)
+    failures: dict[int, Failure] = {}
+
+    def batches_of(loader: Loader) -> Iterator[LoaderBatch]:
+        while True:
+            for batch in loader:
+                failures.update({failure.id: failure for failure in batch.failures})
+                yield batch
 
     def loader() -> Loader:
         return Loader(
@@ -140,7 +155,7 @@ def measure_data(config: BenchDataConfig) -> Throughput:
     read = clock.rate(_reading(source))
     decode = clock.rate(_decoding(source, size, channels))
     with loader() as ahead:
-        batches = _endless(ahead)
+        batches = batches_of(ahead)
         first = next(batches)
         load = clock.rate(lambda: len(next(batches).ids))
     augment = clock.rate(lambda: len(views(first)))
@@ -149,14 +164,15 @@ def measure_data(config: BenchDataConfig) -> Throughput:
     example = views(first)
     train = clock.rate(lambda: trained(example))
     with loader() as ahead:
-        batches = _endless(ahead)
+        batches = batches_of(ahead)
         together = clock.rate(lambda: trained(views(next(batches))))
     own = {"augment": augment, "transfer": transfer, "model": train}
     rates = {name: rate for name, rate in own.items() if rate is not None}
     if load < 1.0 / sum(1.0 / rate for rate in rates.values()):
         rates = {"read": read, "decode": decode}
     bottleneck = min(rates, key=lambda name: rates[name])
-    return Throughput(read, decode, load, augment, transfer, train, together, bottleneck)
+    broken = tuple(failures[number] for number in sorted(failures))
+    return Throughput(read, decode, load, augment, transfer, train, together, bottleneck, broken)
 
 
 class _Clock:
@@ -242,8 +258,3 @@ def _channels(source: Source) -> int:
             except DataError:
                 continue
     return 1
-
-
-def _endless(loader: Loader) -> Iterator[LoaderBatch]:
-    while True:
-        yield from loader

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from fastscarce.errors import DataError, ResultsError
 from fastscarce.pseudo import PseudoLabels, from_logits, read_parquet, select, write_parquet
+from fastscarce.pseudo.table import soft_path
 
 NAMES = ["cat", "dog", "élan"]
 
@@ -50,10 +51,8 @@ def test_round_trip(tmp_path: Path, rows: int, half: bool) -> None:
             np.testing.assert_allclose(got, value, rtol=1e-3, atol=1e-6)
         else:
             np.testing.assert_array_equal(got, value, err_msg=name)
-    assert sorted(p.name for p in place.parent.iterdir()) == [
-        "pseudo_labels.parquet",
-        "pseudo_labels.safetensors",
-    ]
+    written = [p.relative_to(place.parent).as_posix() for p in place.parent.rglob("*.*")]
+    assert sorted(written) == ["pseudo_labels.parquet", "pseudo_labels/log_probs.safetensors"]
 
 
 def test_columns_for_other_readers(tmp_path: Path) -> None:
@@ -76,7 +75,7 @@ def test_columns_for_other_readers(tmp_path: Path) -> None:
         assert row["class_name"] == NAMES[row["label"]]
         assert row["path"] is None
     assert read_parquet(place).paths is None
-    soft = load_file(place.with_suffix(".safetensors"))
+    soft = load_file(soft_path(place))
     assert soft["log_probs"].dtype == np.float32
     np.testing.assert_array_equal(soft["id"], np.sort(labels.ids))
 
@@ -87,7 +86,7 @@ def test_the_same_labels_give_the_same_bytes(tmp_path: Path) -> None:
     one = write_parquet(tmp_path / "one.parquet", labels, class_names=NAMES)
     two = write_parquet(tmp_path / "two.parquet", shuffled, class_names=NAMES)
     assert one.read_bytes() == two.read_bytes()
-    softs = [path.with_suffix(".safetensors").read_bytes() for path in (one, two)]
+    softs = [soft_path(path).read_bytes() for path in (one, two)]
     assert softs[0] == softs[1]
 
 
@@ -96,7 +95,7 @@ def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\.parquet is needed .* missing"):
         read_parquet(place)
     write_parquet(place, sample(), class_names=NAMES)
-    place.with_suffix(".safetensors").unlink()
+    soft_path(place).unlink()
     with pytest.raises(DataError, match=r"\.safetensors is needed .* missing"):
         read_parquet(place)
 
@@ -106,7 +105,7 @@ def test_any_flipped_byte_of_the_values_is_refused_or_harmless(tmp_path: Path) -
     place = write_parquet(tmp_path / "pseudo_labels.parquet", sample(), class_names=NAMES)
     whole = read_parquet(place)
     refused = 0
-    for file in (place, place.with_suffix(".safetensors")):
+    for file in (place, soft_path(place)):
         good = file.read_bytes()
         for position in range(0, len(good), 23):
             damaged = bytearray(good)
@@ -127,7 +126,7 @@ def test_any_flipped_byte_of_the_values_is_refused_or_harmless(tmp_path: Path) -
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_a_file_cut_short(tmp_path: Path, size: int) -> None:
     place = write_parquet(tmp_path / "pseudo_labels.parquet", sample(), class_names=NAMES)
-    for file in (place, place.with_suffix(".safetensors")):
+    for file in (place, soft_path(place)):
         good = file.read_bytes()
         file.write_bytes(good[:size])
         with pytest.raises(DataError, match="damaged"):
@@ -138,14 +137,14 @@ def test_a_file_cut_short(tmp_path: Path, size: int) -> None:
 def test_soft_rows_of_another_run(tmp_path: Path) -> None:
     one = write_parquet(tmp_path / "one.parquet", sample(seed=1), class_names=NAMES)
     two = write_parquet(tmp_path / "two.parquet", sample(seed=2), class_names=NAMES)
-    two.with_suffix(".safetensors").replace(one.with_suffix(".safetensors"))
+    soft_path(two).replace(soft_path(one))
     with pytest.raises(DataError, match="of another run"):
         read_parquet(one)
 
 
 def test_soft_rows_without_their_tensors(tmp_path: Path) -> None:
     place = write_parquet(tmp_path / "pseudo_labels.parquet", sample(), class_names=NAMES)
-    save_file({"other": np.zeros(3)}, place.with_suffix(".safetensors"))
+    save_file({"other": np.zeros(3)}, soft_path(place))
     with pytest.raises(DataError, match="damaged"):
         read_parquet(place)
 
@@ -179,7 +178,7 @@ def test_newer_and_foreign_tables(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     """A limit on the size of files makes the write fail for real, in a process of its own."""
     place = write_parquet(tmp_path / "pseudo_labels.parquet", sample(), class_names=NAMES)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     program = """
 import resource, signal, sys
 import numpy as np, torch
@@ -202,7 +201,7 @@ except ResultsError as error:
     )
     assert "could not be written" in ran.stdout
     assert "free space" in ran.stdout
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
 
 
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:

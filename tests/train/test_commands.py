@@ -31,7 +31,7 @@ EVERY = {
     "split.csv",
 }
 MODEL = {"student.safetensors", "config.json"}
-TABLE = {"pseudo_labels.parquet", "pseudo_labels.safetensors"}
+TABLE = {"pseudo_labels", "pseudo_labels.parquet"}
 TINY_TIMM = "test_resnet.r160_in1k"
 
 
@@ -174,11 +174,13 @@ def test_a_frozen_backbone_keeps_every_bit(command: Any, teacher: Any, tmp_path:
     assert all(name.startswith("head.") for name in changed), changed
 
 
-def test_timm_loads_its_own_model(command: Any, tmp_path: Path) -> None:
-    outcome = command(
-        "finetune", tmp_path / "run", model__name=TINY_TIMM, training__steps=3,
-        training__backbone_rate=0.01, training__layer_decay=0.8,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ["finetune", "selftrain"])
+def test_timm_loads_its_own_model(command: Any, tmp_path: Path, name: str) -> None:
+    training = "training" if name == "finetune" else "student"
+    outcome = command(name, tmp_path / "run", **{
+        "model.name": TINY_TIMM, f"{training}.steps": 3, f"{training}.backbone_rate": 0.01,
+        f"{training}.layer_decay": 0.8,
+    })  # fmt: skip
     assert outcome.code == 0, outcome.err
     theirs = timm.create_model(f"local-dir:{outcome.folder}", pretrained=True)
     assert theirs.num_classes == 10

@@ -158,4 +158,12 @@ def test_a_complete_run_is_left_as_it_is(command: Any, tmp_path: Path) -> None:
     again = command("finetune", tmp_path / "run", training__steps=2, resume=True)
     assert again.code == 0
     assert "is complete already" in again.out
+    for changed, name in (({"training__steps": 3}, "training.steps"), ({"seed": 1}, "seed")):
+        other = command("finetune", tmp_path / "run", resume=True,
+                        **{"training__steps": 2, **changed})  # fmt: skip
+        assert other.code == 2
+        assert f"holds the results of other settings ({name}); name another --out" in other.err
+    other = command("label", tmp_path / "run", resume=True)
+    assert other.code == 2
+    assert "other settings (command, " in other.err
     assert {path: path.read_bytes() for path in first.folder.iterdir()} == before

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fastscarce.cli import main
 from fastscarce.config import BenchDataConfig, ModelConfig
@@ -31,6 +33,26 @@ def test_a_large_model_is_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> 
     ]  # fmt: skip
     assert all(line.split("images/s")[0].split()[-1] != "0" for line in stages)
     assert bottleneck == "bottleneck: model"
+
+
+def test_broken_images_and_odd_names_of_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["picture,kind"]
+    for number in range(12):
+        Image.new("RGB", (12, 12), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{'ab'[number % 2]}")
+    (tmp_path / "7.png").write_bytes(b"nothing")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    flags = [f"--{name}={str(value).lower()}" for name, value in SMALL.items()]
+    keys = [f"--data=table:{tmp_path / 't.csv'}", "--image-key=picture", "--label-key=kind"]
+    assert main(["bench", "data", *keys, "--model.name=small_cnn", "--image_size=12", *flags]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1] == "7.png was left out (it is no image of a known format)"
+    assert main(["show-augment", *keys, f"--out={tmp_path / 'sheet.png'}"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["7.png is left out (it is no image of a known format)",
+                    str(tmp_path / "sheet.png")]  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", [{"seconds": 0.0}, {"batch_size": 1}, {"image_size": 0}])
