@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from fastscarce.data.source import UNLABELLED
 from fastscarce.errors import DataError
 
-__all__ = ["CLASS_FILE", "name_numbers", "number_names", "read_names"]
+__all__ = ["CLASS_FILE", "is_number", "name_numbers", "number_names", "read_names"]
 
 CLASS_FILE = "classes.txt"
 
@@ -23,7 +24,7 @@ def number_names(
 
     Args:
         words: A class's name each; None or "" is no label. Where all are whole numbers, a negative
-            one is none either, and a number that is no name is a place in ``classes``.
+            one is none either, and where none of them is a name they are places in ``classes``.
         classes: All names in the order of their labels. None: those that occur, by their number
             where all are whole numbers and by the alphabet where not.
 
@@ -35,13 +36,13 @@ def number_names(
     """
     found = {word for word in words if word}
     place = {"": UNLABELLED}
-    numbers = all(map(_is_number, found))
+    numbers = all(map(is_number, found))
     if numbers:
         place.update({word: UNLABELLED for word in found if int(word) < 0})
         found -= place.keys()
     if classes is None:
         classes = sorted(found, key=lambda word: (int(word) if numbers else 0, word))
-    elif numbers:
+    elif numbers and not found.intersection(classes):
         place.update({str(label): label for label in range(len(classes))})
     place.update({name: label for label, name in enumerate(classes)})
     try:
@@ -98,5 +99,6 @@ def read_names(folder: Path) -> tuple[str, ...] | None:
     return names
 
 
-def _is_number(word: str) -> bool:
-    return word.lstrip("-").isascii() and word.lstrip("-").isdigit()
+def is_number(word: str) -> bool:
+    """Whether a word is a whole number that int64 holds."""
+    return re.fullmatch(r"-?[0-9]{1,18}", word) is not None

@@ -29,6 +29,7 @@ LARGEST_IMAGE = 89_478_485
 
 _GREY_MODES = frozenset(("1", "L", "LA", "La", "F", "I"))
 _ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
+_EXIF_OF_PNG = {"exif", "Raw profile type exif"}
 _PLAIN = ("BMP", "JPEG", "PNG")
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 # Where a scan is whole, a decoder skips these up to the marker; where it isn't, they are pixels.
@@ -70,7 +71,7 @@ def inspect(content: bytes, *, largest: int = LARGEST_IMAGE) -> Header:
     """
     with _opened(content, largest) as image:
         width, height = image.size
-        orientation = _orientation(image)
+        orientation = _orientation(image, content)
         if orientation in (5, 6, 7, 8):
             width, height = height, width
         kind = image.format or "unknown"
@@ -158,7 +159,9 @@ def _decoded(content: bytes, grey: bool, largest: int) -> Image:
 
     try:
         with _opened(content, largest) as opened:
-            upright = opened if _orientation(opened) == 1 else ImageOps.exif_transpose(opened)
+            opened.load()  # before its EXIF is asked for: what is broken has to be said
+            turned = _orientation(opened, content) != 1
+            upright = ImageOps.exif_transpose(opened) if turned else opened
             return _to_bytes(upright).convert("L" if grey else "RGB")
     except DataError:
         raise
@@ -173,7 +176,16 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def _orientation(image: Image) -> int:
+def _orientation(image: Image, content: bytes) -> int:
+    if image.format == "TIFF":
+        return 1  # Pillow turns it itself, and says its size as shown
+    if image.format == "PNG" and not _EXIF_OF_PNG & image.info.keys():
+        if b"eXIf" not in content:
+            return 1  # Pillow would decode the whole image to look for a block after it
+        try:
+            image.load()
+        except Exception as error:
+            raise DataError(_reason(error)) from error
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block says nothing of the pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,10 @@ class FileReader:
 
 def _read_file(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        # Without waiting for the other end of a pipe that is called like an image.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError("it is no file")
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in a table's path
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -66,7 +70,8 @@ class _Listing:
     labels: list[int] = field(default_factory=list)
     tests: list[bool] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
-    real: set[str] = field(default_factory=set)
+    real: set[str] = field(default_factory=set)  # of the folders
+    linked: set[str] = field(default_factory=set)  # files that links to images lead to
 
     def add(self, path: str, key: str, label: int, *, test: bool = False) -> None:
         self.paths.append(path)
@@ -198,25 +203,31 @@ def _add(files: _Listing, root: Path, name: str, label: int, *, test: bool = Fal
     """List the images at any depth below a sub-folder of the root; whether there are any."""
     before = len(files.keys)
     above = tuple(os.path.realpath(root / parent) for parent in Path(name).parents)
+    # What is listed by a link from a class, and would be unlabelled too, is listed once.
+    known = frozenset(files.linked) if label == UNLABELLED else frozenset()
     for inner, names in _walk(str(root / name), name, files, above):
+        place = os.path.realpath(root / inner) if known else ""
         for image in names:
             path = f"{inner}/{image}" if inner else image
-            files.add(path, path, label, test=test)
+            if os.path.join(place, image) not in known:
+                files.add(path, path, label, test=test)
     return len(files.keys) > before
 
 
 def _add_others(files: _Listing, folder: Path) -> None:
     """List the images of another folder that were not listed already."""
-    known = frozenset(files.real)
+    known, linked = frozenset(files.real), frozenset(files.linked)
     found = False
     for inner, names in _walk(str(folder), "", files):
         place = os.path.join(str(folder.absolute()), inner)
+        real = os.path.realpath(place)
         found = found or bool(names)
-        if os.path.realpath(place) in known:
+        if real in known:
             continue
         for name in names:
             path = os.path.join(place, name)
-            if not (os.path.islink(path) and _parent(path) in known):
+            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+            if target not in linked and os.path.dirname(target) not in known:
                 key = f"{inner}/{name}" if inner else name
                 files.add(path, f"unlabelled:{key}", UNLABELLED)
     if not found:
@@ -225,10 +236,6 @@ def _add_others(files: _Listing, folder: Path) -> None:
 
 def _without_images(folder: Path) -> str:
     return f"The folder {folder} has no images; add some or remove the folder."
-
-
-def _parent(path: str) -> str:
-    return os.path.dirname(os.path.realpath(path))
 
 
 def _walk(
@@ -248,6 +255,8 @@ def _walk(
                     folders.append(entry.name)
                 elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
                     images.append(entry.name)
+                    if entry.is_symlink():
+                        files.linked.add(os.path.realpath(entry.path))
     except OSError as error:
         raise DataError(f"The folder {folder} can't be listed: {error.strerror}.") from error
     files.folders.append(folder)

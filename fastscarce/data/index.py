@@ -31,11 +31,12 @@ __all__ = [
     "place_of",
     "stamp",
     "stamp_numbers",
+    "stamp_of",
 ]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-_VERSION = 1
+_VERSION = 2
 # A file changed twice within a tick of the clock keeps its time: what is this young isn't trusted.
 _YOUNG = 2_000_000_000  # nanoseconds; FAT's tick, the coarsest in use
 
@@ -86,6 +87,11 @@ def stamp(path: str) -> str:
         facts = os.stat(path)
     except OSError:
         return ""
+    return stamp_of(facts)
+
+
+def stamp_of(facts: os.stat_result) -> str:
+    """`stamp` of a local file that these facts are of."""
     return f"{facts.st_mtime_ns} {facts.st_size} {facts.st_ino}"
 
 

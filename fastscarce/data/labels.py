@@ -54,7 +54,8 @@ def relabel(source: Source, path: str | Path) -> tuple[Source, Given]:
     part = first_of(schema, [PART_COLUMN])
     table = read_columns(text, [name for name in (who, what, part) if name is not None])
     places = _places(source, text, table.column(who).to_pylist(), by_id=who == ID_COLUMN)
-    words = [None if word is None else str(word).strip() for word in table.column(what).to_pylist()]
+    said = [None if word is None else str(word) for word in table.column(what).to_pylist()]
+    words = [word if word in source.classes else word and word.strip() for word in said]
     try:
         given, classes = number_names(words, source.classes or None)
     except DataError as error:
@@ -85,14 +86,15 @@ def _places(
         )
     else:
         known = {name: place for place, name in enumerate(source.names)}
-        keys = list(values)
+        keys = list(map(str, values))
     strangers = [key for key in keys if key not in known]
     if strangers:
         example = next(iter(known), "none")
+        hint = " Of data that was opened otherwise, name them by name and leave id out." * by_id
         raise DataError(
             f"{len(strangers)} of the {len(keys)} images in the labels file {path} are not among"
             f" those of {source.name}, {strangers[0]!r} for example; there, they are called like"
-            f" {example!r}."
+            f" {example!r}.{hint}"
         )
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -119,7 +119,7 @@ class Loader:
         self._size = size
         self._channels = channels
         self._policy = None if policy is None else get_policy(policy)
-        self._seed = sampler.seed if seed is None else seed
+        self._own_seed = seed
         self._device = torch.device(device)
         self._on_error = on_error
         self._backend = open_backend(
@@ -136,6 +136,11 @@ class Loader:
         self._ahead: deque[LoaderBatch] = deque()
         self._next: dict[str, int] | None = None
         self._copies = torch.cuda.Stream() if self._device.type == "cuda" else None
+
+    @property
+    def _seed(self) -> int:
+        """Of the views: the sampler's may be another one since its state was restored."""
+        return self.sampler.seed if self._own_seed is None else self._own_seed
 
     def __len__(self) -> int:
         """Batches of a whole epoch, the same for each process."""
@@ -185,7 +190,9 @@ class Loader:
         if self._decoded is None or state != self._next:
             self.close()
             self._asked: deque[SamplerBatch] = deque()
-            self._decoded = self._backend.start(self._requests(state))
+            # Nothing in it leads back here: a loader that is let go of ends its workers at once.
+            requests = _requests(self.sampler, state, self._asked, self._place, self._cropped())
+            self._decoded = self._backend.start(requests)
         try:
             while len(self._ahead) < (1 if self._copies is None else 2):
                 self._ahead.append(self._finished(next(self._decoded)))
@@ -198,20 +205,16 @@ class Loader:
             batch.images.record_stream(torch.cuda.current_stream())
         return batch
 
-    def _requests(self, state: dict[str, int]) -> Iterator[Request]:
-        """Requests without end: epochs follow each other, so that workers never wait for one."""
-        while True:
-            rows = self.sampler.batch(state["epoch"], state["position"])
-            self._asked.append(rows)
-            yield Request(self._place[rows.positions], self._boxes(rows))
-            state = rows.state
+    def _cropped(self) -> Callable[[SamplerBatch], Boxes | None]:
+        """What a batch's images are cropped to before the plan is carried out."""
+        policy, seed, size = self._policy, self._seed, self._size
 
-    def _boxes(self, rows: SamplerBatch) -> Boxes | None:
-        if self._policy is None:
-            return None
-        return crop_boxes(
-            self._policy, rows.ids, view=rows.view, seed=self._seed, image_size=self._size
-        )
+        def boxes(rows: SamplerBatch) -> Boxes | None:
+            if policy is None:
+                return None
+            return crop_boxes(policy, rows.ids, view=rows.view, seed=seed, image_size=size)
+
+        return boxes
 
     def _finished(self, decoded: Decoded) -> LoaderBatch:
         """A batch of what came back, on its way to the device."""
@@ -272,7 +275,7 @@ class Loader:
         Its own id stays, and so do its label, its draws and its place in every table of ids.
         """
         position = int(self._place[rows.positions[row]])
-        boxes = self._boxes(rows)
+        boxes = self._cropped()(rows)
         box = None if boxes is None else boxes[[row]]
         for other in stand_ins(self.source, position)[:_TRIES]:
             done = decode_request(
@@ -287,6 +290,21 @@ class Loader:
             f"{self.source.name} has no readable image of its label that could stand in for"
             f" {self.source.name_of(position)}; set on_error to skip."
         )
+
+
+def _requests(
+    sampler: Sampler,
+    state: dict[str, int],
+    asked: deque[SamplerBatch],
+    place: Numbers,
+    boxes: Callable[[SamplerBatch], Boxes | None],
+) -> Iterator[Request]:
+    """Requests without end: epochs follow each other, so that workers never wait for one."""
+    while True:
+        rows = sampler.batch(state["epoch"], state["position"])
+        asked.append(rows)
+        yield Request(place[rows.positions], boxes(rows))
+        state = rows.state
 
 
 def _places(source: Source, sampler: Sampler) -> Numbers:

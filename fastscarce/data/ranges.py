@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fastscarce.data.index import stamp_numbers
+from fastscarce.data.index import stamp_numbers, stamp_of
 from fastscarce.data.paths import is_remote, system_of
 from fastscarce.data.source import Positions
 from fastscarce.errors import DataError
 
 __all__ = ["RangeReader"]
 
+_KEPT = 256  # open files
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads a place over 64 bits
 
 
@@ -27,12 +28,14 @@ class RangeReader:
         file: int64 ``(n,)``: which file each sample is in.
         start: int64 ``(n,)``: its first byte.
         size: int64 ``(n,)``: how many.
+        stamps_seen: Of the files as the ranges were found in them, "" of one that is not looked at.
     """
 
     files: tuple[str, ...]
     file: npt.NDArray[np.int64]
     start: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
+    stamps_seen: tuple[str, ...] = ()
     # Open files; a forked process may share them, since reads say where.
     _open: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -73,13 +76,32 @@ class RangeReader:
 
     def _local(self, place: int) -> bytes:
         number, size = int(self.file[place]), int(self.size[place])
+        path = self.files[number]
         try:
-            if number not in self._open:
-                self._open[number] = os.open(self.files[number], os.O_RDONLY)
-            content = os.pread(self._open[number], size, int(self.start[place]))
+            handle = self._open.get(number)
+            if handle is None:
+                handle = self._opened(number, path)
+            try:
+                content = os.pread(handle, size, int(self.start[place]))
+            finally:
+                if self._open.get(number) != handle:
+                    os.close(handle)
         except OSError as error:
-            raise DataError(f"{self.files[number]} can't be read: {error.strerror}") from error
-        return _whole(content, size, self.files[number])
+            raise DataError(f"{path} can't be read: {error.strerror}") from error
+        return _whole(content, size, path)
+
+    def _opened(self, number: int, path: str) -> int:
+        """A file's handle, kept where there are not too many: a process may have a thousand."""
+        handle = os.open(path, os.O_RDONLY)
+        if self.stamps_seen and stamp_of(os.fstat(handle)) != self.stamps_seen[number]:
+            os.close(handle)
+            raise DataError(f"{path} has changed since the data was opened; open it again")
+        if len(self._open) >= _KEPT:
+            return handle
+        kept = self._open.setdefault(number, handle)
+        if kept != handle:  # another thread was first
+            os.close(handle)
+        return kept
 
     def _remote(self, places: list[int]) -> list[bytes]:
         urls = [self.files[self.file[place]] for place in places]

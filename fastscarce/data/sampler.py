@@ -53,7 +53,7 @@ class Sampler:
     Args:
         size: How many samples, with ids from 0; or their ids, int64 ``(n,)``, in any order. The
             batches don't depend on that order. An id may be repeated: each time it is another view.
-        seed: Any integer.
+        seed: Any integer; its low 64 bits count.
         rank: This process's number.
         world_size: How many processes.
         batch_size: Rows of a global batch, over all processes; with pairs its whole pairs.
@@ -88,6 +88,8 @@ class Sampler:
                 f"Sampler needs a rank from 0 to {world_size - 1} of {world_size} processes,"
                 f" got {rank}."
             )
+        if not isinstance(seed, (int, np.integer)):
+            raise ValueError(f"Sampler needs a whole number as its seed, got {seed!r}.")
         if batch_size < 1 + pairs:
             raise ValueError(
                 f"Sampler needs a batch_size of at least {1 + pairs}{' with pairs' * pairs},"
@@ -230,5 +232,7 @@ class Sampler:
 
 
 def _check_epoch(epoch: int) -> None:
+    if not isinstance(epoch, (int, np.integer)):
+        raise ValueError(f"Sampler needs a whole number as an epoch, got {epoch!r}.")
     if not 0 <= epoch < _EPOCHS:
         raise ValueError(f"Sampler needs an epoch from 0 to {_EPOCHS - 1}, got {epoch}.")

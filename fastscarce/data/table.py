@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fastscarce.data.classes import CLASS_FILE, name_numbers, number_names, read_names
+from fastscarce.data.classes import (
+    CLASS_FILE,
+    is_number,
+    name_numbers,
+    number_names,
+    read_names,
+)
 from fastscarce.data.folder import FileReader
 from fastscarce.data.index import Arrays, Index, keep, place_of
 from fastscarce.data.paths import expand, is_remote, mark_test
@@ -36,6 +43,7 @@ from fastscarce.files import write_whole
 
 __all__ = ["open_table"]
 
+_WHOLE = re.compile(r"-?[0-9]+(\.0+)?")
 IMAGE_COLUMNS = ("image", "img", "path", "file_name", "filename", "file", "image_path", "bytes")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category")
 SPLIT_COLUMN = "split"
@@ -92,7 +100,7 @@ def open_table(
     names = Names.of_block(arrays["names"], arrays["name_ends"])
     reader: FileReader | RangeReader
     if "start" in arrays:
-        blob = (str(place_of(key, ".bin")),)
+        blob = (str(place_of(key, ".bin").with_name(str(facts["blob"]))),)
         file = np.zeros(len(names), dtype=np.int64)
         reader = RangeReader(blob, file, arrays["start"], arrays["size"])
     else:
@@ -136,11 +144,11 @@ def _index(
     labels, classes = _labels(files, tables, columns)
     arrays: Arrays = {}
     if encoded:
-        paths, digests, sizes = _unpack(files, columns.image, place_of(key, ".bin"))
+        blob, paths, digests, sizes = _unpack(files, columns.image, place_of(key, ".bin"))
         names, keys = _identities(paths, digests, labels)
         arrays["size"] = sizes
         arrays["start"] = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        made = [str(place_of(key, ".bin"))]
+        made = [str(blob)]
     else:
         names, places = _paths(files, tables, columns.image)
         keys, made = names, []
@@ -156,7 +164,11 @@ def _index(
             " files or the column split so that they are no test split."
         )
     watched = [*files, os.path.join(os.path.dirname(files[0]), CLASS_FILE)]
-    return Index(arrays, {"classes": list(classes)}, watched, made)
+    facts: dict[str, object] = {
+        "classes": list(classes),
+        "blob": Path(made[0]).name if made else "",
+    }
+    return Index(arrays, facts, watched, made)
 
 
 def _choose(
@@ -216,7 +228,7 @@ def _paths(
         for row, value in enumerate(table.column(column).to_pylist()):
             if not value:
                 raise DataError(f"{path} needs a path in every row, got none in row {row + 1}.")
-            name = str(value).removeprefix("./")
+            name = os.path.normpath(str(value))
             names.append(os.path.join(inner, name))
             places.append(os.path.join(folder, name))
     return names, places
@@ -246,6 +258,8 @@ def _ids(files: Sequence[str], tables: Sequence[pa.Table], column: str) -> npt.N
     values = _column(tables, column)
     if any(value is None or value == "" for value in values):
         raise DataError(f"{files[0]} needs an id in every row of the column {column!r}.")
+    if all(isinstance(value, str) and _is_written_number(value) for value in values):
+        values = [int(value) for value in values]
     if all(isinstance(value, int) for value in values):
         try:
             return np.array(values, dtype=np.int64)
@@ -256,11 +270,16 @@ def _ids(files: Sequence[str], tables: Sequence[pa.Table], column: str) -> npt.N
     return identify(str(value) for value in values)
 
 
+def _is_written_number(word: str) -> bool:
+    """Whether a word is what a whole number is written as: not 007."""
+    return is_number(word) and str(int(word)) == word
+
+
 def _tests(
     files: Sequence[str], tables: Sequence[pa.Table], counts: Sequence[int], columns: _Columns
 ) -> npt.NDArray[np.bool_]:
     if columns.split is not None:
-        said = [str(value or "").strip().lower() for value in _column(tables, columns.split)]
+        said = [str(_plain(value) or "").lower() for value in _column(tables, columns.split)]
         words = sorted(set(said))
         marks = dict(zip(words, mark_test(words), strict=True))
         return np.array([marks[word] for word in said], dtype=bool)
@@ -279,13 +298,21 @@ def _labels(
     values = [_plain(value) for value in _column(tables, columns.label)]
     if all(value is None or isinstance(value, int) for value in values):
         numbers = [UNLABELLED if value is None else value for value in values]
-        return name_numbers(np.array(numbers, dtype=np.int64), names)
+        if numbers and max(numbers) >= 1 << 63:
+            raise DataError(
+                f"{files[0]} needs labels that int64 holds in the column {columns.label!r}, got"
+                f" {max(numbers)}."
+            )
+        return name_numbers(np.maximum(numbers, UNLABELLED).astype(np.int64), names)
     if any(isinstance(value, (list, dict, float)) for value in values):
         raise DataError(
             f"{files[0]} needs a word or a whole number in each row of the column"
             f" {columns.label!r}; name the column of labels by label_key."
         )
-    return number_names([None if value is None else str(value) for value in values], names)
+    words = [None if value is None else str(value) for value in values]
+    if all(word is None or _WHOLE.fullmatch(word) for word in words):  # as pandas writes a gap
+        words = [word and word.partition(".")[0] for word in words]
+    return number_names(words, names)
 
 
 def _plain(value: Any) -> Any:
@@ -294,6 +321,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, float):
         return None if np.isnan(value) else int(value) if value.is_integer() else value
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):
         return value.strip() or None
     return value
@@ -314,8 +343,12 @@ def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
 
 def _unpack(
     files: Sequence[str], column: str, place: Path
-) -> tuple[list[str | None], list[str], npt.NDArray[np.int64]]:
-    """Write all encoded images one after the other; their paths, digests and sizes."""
+) -> tuple[Path, list[str | None], list[str], npt.NDArray[np.int64]]:
+    """Write all encoded images one after the other; where, and their paths, digests and sizes.
+
+    The file is named by its content: who has opened the table before it changed never reads other
+    images for its own.
+    """
     paths: list[str | None] = []
     digests: list[str] = []
     sizes: list[int] = []
@@ -338,12 +371,17 @@ def _unpack(
                 f" {free / 2**30:.1f} GiB are free; name another folder by FASTSCARCE_CACHE."
             )
         write_whole(place, write)
+        content = hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+        blob = place.with_name(f"{place.stem}-{content}{place.suffix}")
+        place.replace(blob)
+        for old in set(place.parent.glob(f"{place.stem}-*{place.suffix}")) - {blob}:
+            old.unlink()
     except (OSError, ResultsError) as error:
         raise DataError(
             f"The images of {files[0]} can't be unpacked into {place.parent} ({error}); name"
             " another folder by FASTSCARCE_CACHE."
         ) from error
-    return paths, digests, np.array(sizes, dtype=np.int64)
+    return blob, paths, digests, np.array(sizes, dtype=np.int64)
 
 
 def _images(files: Sequence[str], column: str) -> Iterator[tuple[bytes, str | None]]:
@@ -367,5 +405,10 @@ def _images(files: Sequence[str], column: str) -> Iterator[tuple[bytes, str | No
                         raise DataError(
                             f"{path} needs the encoded images in the column {column!r}, got only"
                             f" the path {name}; embed them, or give a column of paths."
+                        )
+                    if content is not None and not isinstance(content, bytes):
+                        raise DataError(
+                            f"{path} needs encoded images as bytes in the column {column!r}, got"
+                            f" {type(content).__name__}."
                         )
                     yield content or b"", name

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastscarce.data.classes import CLASS_FILE, number_names, read_names
 from fastscarce.data.decode import SUFFIXES
-from fastscarce.data.index import Arrays, Index, keep
+from fastscarce.data.index import Arrays, Index, keep, stamp
 from fastscarce.data.paths import expand, is_remote, mark_test, open_file
 from fastscarce.data.ranges import RangeReader
 from fastscarce.data.source import UNLABELLED, Names, Source, identify, printable
@@ -25,6 +25,7 @@ __all__ = ["open_webdataset"]
 LABEL_KEY = "cls"
 
 _LARGEST_LABEL = 1 << 20  # bytes
+_PIECE = 1 << 16  # bytes of what follows the end of a shard
 
 
 @dataclass
@@ -74,7 +75,13 @@ def open_webdataset(
     assert isinstance(classes, list)
     return Source(
         name=_name(pattern, places),
-        reader=RangeReader(tuple(places), arrays["file"], arrays["start"], arrays["size"]),
+        reader=RangeReader(
+            tuple(places),
+            arrays["file"],
+            arrays["start"],
+            arrays["size"],
+            stamps_seen=tuple("" if is_remote(place) else stamp(place) for place in places),
+        ),
         ids=arrays["ids"],
         labels=arrays["labels"],
         classes=tuple(classes),
@@ -170,13 +177,46 @@ def _members(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str,
                 shard.members = []  # type: ignore[attr-defined]  # a list of a million stays short
                 folder, _, name = member.name.rpartition("/")
                 stem, _, kind = name.partition(".")
-                if member.isreg() and stem and kind:
-                    yield member, f"{folder}/{stem}" if folder else stem, kind.lower()
+                if not stem or not kind or member.isdir():
+                    continue
+                _require_plain(path, member)
+                yield member, f"{folder}/{stem}" if folder else stem, kind.lower()
+            _require_end(path, file, shard.offset)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(
             f"{path} is no plain tar file that can be read ({error}); unpack what is compressed,"
             " since its samples can't be read one by one."
         ) from error
+
+
+def _require_plain(path: str, member: tarfile.TarInfo) -> None:
+    if not member.isreg() or member.issparse():
+        kind = "sparse" if member.issparse() else "a link or a device"
+        raise DataError(
+            f"{path}, {member.name} is {kind}, not a range of the shard's bytes; pack the files"
+            " themselves (tar --dereference --hard-dereference)."
+        )
+
+
+def _require_end(path: str, file: IO[bytes], offset: int) -> None:
+    """Refuse a shard whose list of members does not end as a tar file does: samples are missing.
+
+    Source: POSIX.1-2017, pax, "ustar Interchange Format": two blocks of zeros are the end.
+    """
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise DataError(
+            f"{path} is cut short or damaged at byte {offset}: it has no end of a tar file there;"
+            " fetch or make the shard again."
+        )
+    while block:
+        block = file.read(_PIECE)
+        if block.strip(b"\0"):
+            raise DataError(
+                f"{path} goes on after its end, as tar files do that were joined; give each as a"
+                " shard of its own."
+            )
 
 
 def _word(path: str, file: IO[bytes], member: tarfile.TarInfo, inner: str) -> str | None:
@@ -192,6 +232,8 @@ def _word(path: str, file: IO[bytes], member: tarfile.TarInfo, inner: str) -> st
         value = json.loads(text)
         for part in inner.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, {member.name} is no label: {error}.") from error
+    if isinstance(value, (list, dict)):
+        raise DataError(f"{path}, {member.name} is no label: {inner} has several values.")
     return None if value is None else str(value)

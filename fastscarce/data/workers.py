@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -71,6 +73,15 @@ class Workers:
         self._prefetch = prefetch
         self._pin = pin
         self._iterator: Iterator[tuple[Tensor, dict[int, Failure]]] | None = None
+        here = weakref.ref(self)
+
+        def at_exit() -> None:
+            workers = here()
+            if workers is not None:
+                workers.close()
+
+        # Does not hold these workers: a loader that is let go of ends them.
+        self._at_exit = at_exit
 
     def start(self, requests: Iterable[Request]) -> Iterator[Decoded]:
         """Give the images of some requests, which may be endless, in their order.
@@ -79,6 +90,7 @@ class Workers:
             DataError: A worker died, or shared memory is full.
         """
         self.close()
+        self._owner = os.getpid()
         loader: DataLoader[tuple[Tensor, dict[int, Failure]]] = DataLoader(
             self._decoder,
             batch_size=None,
@@ -91,7 +103,7 @@ class Workers:
             generator=torch.Generator(),
         )
         # Before multiprocessing's own, which would wait for workers that nobody told to end.
-        atexit.register(self.close)
+        atexit.register(self._at_exit)
         try:
             self._iterator = iter(loader)
             while True:
@@ -110,10 +122,10 @@ class Workers:
 
     def close(self) -> None:
         """End the workers. Starting again starts new ones."""
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         iterator, self._iterator = self._iterator, None
         shutdown = getattr(iterator, "_shutdown_workers", None)
-        if shutdown is not None:
+        if shutdown is not None and self._owner == os.getpid():  # not in a fork of it
             shutdown()
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fastscarce.config import RunConfig, to_dict
+from fastscarce.config import to_dict
 from fastscarce.errors import ConfigError
 
 __all__ = ["check_ranges"]
@@ -51,7 +51,7 @@ _RANGES = {
     "ema_decay": _PART_BELOW_ONE,
     "gradient_accumulation_steps": _COUNT,
     "holdout_per_class": _NOT_NEGATIVE,
-    "image_size": _COUNT,
+    "image_size": _Range(low=1, high=32767),
     "keep_per_class": _COUNT,
     "label_smoothing": _PART,
     "labels_per_class": _COUNT,
@@ -70,10 +70,11 @@ _RANGES = {
     "views": _COUNT,
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
+    "workers": _NOT_NEGATIVE,
 }
 
 
-def check_ranges(config: RunConfig) -> None:
+def check_ranges(config: Any) -> None:
     """Refuse a number that no run can go on with.
 
     Args:

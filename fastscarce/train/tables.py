@@ -13,6 +13,7 @@ from fastscarce.cache import Built, Samples, Teacher, Verification, build, verif
 from fastscarce.data import ImageSet, Split
 from fastscarce.table_config import CacheBuildConfig, CacheVerifyConfig, TableConfig
 from fastscarce.train.pool import Pool
+from fastscarce.train.ranges import check_ranges
 from fastscarce.train.task import open_data
 from fastscarce.train.teacher import load_teacher
 
@@ -33,6 +34,7 @@ def build_table(config: CacheBuildConfig, say: Say) -> Built:
     Raises:
         FastscarceError: As `fastscarce.cache.build`, the data and the teacher say.
     """
+    check_ranges(config)
     rank = int(os.environ.get("RANK", "0"))
     said = say if rank == 0 else _nothing
     policy = read_policy(config.policy)

@@ -19,6 +19,7 @@ from fastscarce.data.order import Numbers
 from fastscarce.data.request import Request, decode_request
 from fastscarce.errors import ConfigError, DataError
 from fastscarce.models import create
+from fastscarce.train.ranges import check_ranges
 
 __all__ = ["Throughput", "bench_data", "measure_data"]
 
@@ -85,10 +86,11 @@ def measure_data(config: BenchDataConfig) -> Throughput:
         ConfigError: A number is out of range.
         DataError: The data can't be read.
     """
-    if config.seconds <= 0 or config.batch_size < 2 or config.image_size < 1:
+    check_ranges(config)
+    if config.seconds <= 0 or config.batch_size < 2:
         raise ConfigError(
-            "bench data needs seconds above 0, a batch_size of at least 2 and an image_size of at"
-            f" least 1, got {config.seconds}, {config.batch_size} and {config.image_size}."
+            "bench data needs seconds above 0 and a batch_size of at least 2, got"
+            f" {config.seconds} and {config.batch_size}."
         )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -100,6 +102,8 @@ def measure_data(config: BenchDataConfig) -> Throughput:
         label_key=config.label_key,
         id_key=config.id_key,
     )
+    if len(source) == 0:
+        raise DataError(f"{source.name} has no images; look at what {config.data} names.")
     channels = _channels(source)
     size = source.shape[:2] if source.shape else (config.image_size, config.image_size)
     model = create(

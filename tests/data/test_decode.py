@@ -155,8 +155,9 @@ def test_grey(content: bytes, expected: np.ndarray) -> None:
     assert np.array_equal(colour, np.repeat(expected[..., None], 3, axis=-1))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "late PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation(orientation: int) -> None:
+def test_orientation(orientation: int, kind: str) -> None:
     turned = [
         lambda pixels: pixels,
         np.fliplr,
@@ -169,10 +170,14 @@ def test_orientation(orientation: int) -> None:
     ]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = save(Image.fromarray(COLOUR), "PNG", exif=exif)
+    content = save(Image.fromarray(COLOUR), kind.split()[-1], exif=exif)
+    if kind == "late PNG":  # its block stands behind the pixels
+        at = content.index(b"eXIf") - 4
+        block = content[at : at + 12 + int.from_bytes(content[at : at + 4], "big")]
+        content = content.replace(block, b"").replace(content[-12:], block + content[-12:])
     expected = turned[orientation - 1](COLOUR)
     header = inspect(content)
-    assert header.orientation == orientation
+    assert header.orientation == (1 if kind == "TIFF" else orientation)
     assert (header.height, header.width) == expected.shape[:2]
     assert np.array_equal(decode_whole(content, grey=False), expected)
 
@@ -194,6 +199,21 @@ def test_a_jpeg_without_its_last_marker_is_whole(progressive: bool) -> None:
     assert mended(content) is content
     assert mended(content[:-20]) == content[:-20]
     assert mended(b"\xff\xd8\xff") == b"\xff\xd8\xff"
+
+
+def test_a_png_with_damaged_pixels_is_broken() -> None:
+    """Pillow looks for EXIF behind the pixels: what fails there is no broken EXIF block."""
+    content = save(Image.fromarray(RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)), "PNG")
+    start = content.index(b"IDAT") + 4
+    refused = 0
+    for place in range(start + 40, len(content) - 20, 97):
+        broken = bytearray(content)
+        broken[place] ^= 4
+        with pytest.raises(DataError, match=r"broken|CRC|error|truncated"):
+            decode_whole(bytes(broken), grey=False)
+        inspect(bytes(broken))  # its header is sound
+        refused += 1
+    assert refused > 30
 
 
 def test_resized_to_fit_and_cropped_in_the_middle() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,34 @@ def test_classes_test_and_unlabelled(root: Path, tmp_path: Path) -> None:
     for name, level in (("unlabelled/deep/a.PNG", 200), ("unlabelled:b/c.png", 201)):
         assert pool.labels[found[name]] == -1
         assert (pool.images[found[name]] == level).all()
+
+
+def test_a_linked_image_is_listed_once(tmp_path: Path) -> None:
+    """Labelled and test images that are links into the unlabelled ones are not these as well."""
+    for number in range(9):
+        paint(tmp_path / "all" / f"{number}.png", 20 * number)
+    for number, place in enumerate(("a", "a", "b", "b", "test/a", "test/b", "unlabelled")):
+        folder = tmp_path / "set" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").symlink_to(tmp_path / "all" / f"{number}.png")
+    pool = load(f"folder:{tmp_path / 'set'}", unlabelled=str(tmp_path / "all"))
+    assert sorted(pool.images[:, 0, 0, 0].tolist()) == [20 * number for number in range(9)]
+    assert sorted(pool.images[pool.labels < 0, 0, 0, 0].tolist()) == [120, 140, 160]
+    assert sorted(pool.images[pool.is_test, 0, 0, 0].tolist()) == [80, 100]
+    inner = tmp_path / "other"
+    for place in ("a/0.png", "b/1.png"):
+        paint(inner / "unlabelled" / place, 10)
+        (inner / place).parent.mkdir(parents=True)
+        (inner / place).symlink_to(inner / "unlabelled" / place)
+    paint(inner / "unlabelled" / "2.png", 30)
+    assert load(f"folder:{inner}").labels.tolist() == [0, 1, -1]
+
+
+def test_a_pipe_is_no_image(root: Path) -> None:
+    os.mkfifo(root / "cat" / "9.png")
+    with pytest.raises(DataError, match=r"cat/9\.png can't be decoded \(it is no file\)"):
+        load(f"folder:{root}")
+    assert len(load(f"folder:{root}", on_error="skip")) == 9
 
 
 def test_ids_belong_to_names(root: Path, tmp_path: Path) -> None:

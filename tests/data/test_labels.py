@@ -58,6 +58,31 @@ def test_what_was_written_splits_alike(tmp_path: Path) -> None:
     assert same(split(images, **{**DRAWN, "seed": 9, "labels_per_class": 1}, given=given), parts)
 
 
+def test_names_with_spaces_and_numbers_that_are_names(tmp_path: Path, scans: list[Any]) -> None:
+    for name in (" sp ", "sp"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number, content, _ in scans[:4]:
+            (tmp_path / "set" / name / number).write_bytes(content)
+    images = load(f"folder:{tmp_path / 'set'}")
+    parts = split(images, labels_per_class=2, holdout_per_class=0, test_fraction=0.25, seed=0)
+    write_split(tmp_path / "split.csv", images, parts)
+    again, given = relabelled(f"folder:{tmp_path / 'set'}", tmp_path / "split.csv")
+    assert again.labels.tolist() == images.labels.tolist()
+    assert same(split(again, **DRAWN, given=given), parts)
+
+    for name, content, label in scans:
+        (tmp_path / "numbers" / str(label + 1)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "numbers" / str(label + 1) / name).write_bytes(content)
+    few = tmp_path / "few.csv"
+    few.write_text("name,label\n1/0.png,0\n2/1.png,1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="label '0' is none of the classes 1, 2, 3"):
+        relabelled(f"folder:{tmp_path / 'numbers'}", few)
+    few.write_text("name,label\n1/0.png,0\n2/1.png,0\n", encoding="utf-8")  # places, all of them
+    found, _ = relabelled(f"folder:{tmp_path / 'numbers'}", few)
+    assert found.paths is not None
+    assert found.labels[found.paths.index("2/1.png")] == 0
+
+
 def test_labels_of_a_folder_without_classes(flat: Path, tmp_path: Path) -> None:
     rows = [f"{number}.png,{'ba'[number % 2]}" for number in range(8)] + ["9.png,"]
     (tmp_path / "labels.csv").write_text("name,label\n" + "\n".join(rows), encoding="utf-8")

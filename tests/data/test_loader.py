@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import shutil
@@ -156,6 +157,29 @@ def test_nothing_to_stand_in_for_a_broken_image(broken: Callable[[], Source]) ->
 
 def children(of: int | None = None) -> list[int]:
     return [child.pid for child in psutil.Process(of).children()]
+
+
+def test_a_restored_seed_is_that_of_the_views(source: Source) -> None:
+    expected = list(Loader(source, Sampler(source.ids, seed=5, batch_size=8), image_size=32,
+                           policy=POLICY, workers=0))  # fmt: skip
+    with Loader(source, Sampler(source.ids, seed=0, batch_size=8), image_size=32, policy=POLICY,
+                workers=2) as other:  # fmt: skip
+        next(iter(other))
+        other.load_state_dict({"seed": 5, "epoch": 0, "position": 0})
+        for one, two in zip(expected, other, strict=True):
+            assert same(one, two)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_loader_that_is_let_go_of_ends_its_workers(source: Source) -> None:
+    before = set(children())
+    for _ in range(3):
+        next(iter(loader(source, workers=2)))
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while set(children()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert set(children()) <= before
 
 
 def test_a_worker_that_dies_is_an_error_and_leaves_nobody(source: Source) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastscarce.data import load, open_source
+from fastscarce.data import load, open_source, relabel
 from fastscarce.errors import DataError
 
 
@@ -76,6 +76,41 @@ def test_parquet_of_images(
     assert source.read([0, 11]) == [scans[9][1], scans[8][1]]
     assert (source.name_of(0) == "9.png") is paths
     assert load(f"table:{tmp_path}").images[:, 0, 0, 0].tolist() == levels[order].tolist()
+
+
+def test_a_table_that_is_written_anew_gives_nobody_other_images(
+    tmp_path: Path, scans: list[Any]
+) -> None:
+    pq.write_table(embedded(scans), tmp_path / "t.parquet")
+    before = open_source(f"table:{tmp_path / 't.parquet'}")
+    pq.write_table(embedded(scans), tmp_path / "t.parquet")  # the same again
+    open_source(f"table:{tmp_path / 't.parquet'}")
+    assert before.read([3]) == [scans[3][1]]
+    before = open_source(f"table:{tmp_path / 't.parquet'}")
+    pq.write_table(embedded(scans[::-1]), tmp_path / "t.parquet")
+    after = open_source(f"table:{tmp_path / 't.parquet'}")
+    assert after.read([3]) == [scans[8][1]]
+    with pytest.raises(DataError, match="can't be read: No such file"):
+        before.read([3])
+
+
+def test_ids_and_labels_as_other_programs_write_them(folder: Path, scans: list[Any]) -> None:
+    rows = ""
+    for place, (name, _, label) in enumerate(scans):
+        known, none = f"./img//{name},{label}.0,{label + 5 * place}\n", f"img/{name},,7{place}\n"
+        rows += known if label else none
+    (folder / "t.csv").write_text("path,label,key\n" + rows, encoding="utf-8")
+    pool = load(f"table:{folder / 't.csv'}", id_key="key")
+    assert pool.classes == ("1", "2")
+    assert pool.labels.tolist() == [label - 1 for *_, label in scans]
+    assert pool.ids.tolist() == [
+        label + 5 * place if label else int(f"7{place}") for place, (*_, label) in enumerate(scans)
+    ]
+    assert pool.paths is not None
+    assert pool.paths[1] == "img/1.png"
+    (folder / "few.csv").write_text("id,label\n6,2\n", encoding="utf-8")
+    source, _ = relabel(open_source(f"table:{folder / 't.csv'}", id_key="key"), folder / "few.csv")
+    assert source.labels[1] == 1
 
 
 def test_equal_images_without_a_name_get_ids_of_their_own(tmp_path: Path, scans: list[Any]) -> None:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import pickle
+import resource
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+import torch
 
-from fastscarce.data import Failure, load, open_source
+from fastscarce.data import Failure, Loader, Sampler, load, open_source
 from fastscarce.errors import DataError
 
 
@@ -82,13 +87,82 @@ def test_test_shards_names_and_no_labels(tmp_path: Path, scans: list[Any], write
 
 def test_shortened_shard(tmp_path: Path, scans: list[Any], write_tar: Any) -> None:
     path = write_tar(tmp_path / "a.tar", members(scans))
-    source = open_source(f"webdataset:{path}")
+    source, late = (open_source(f"webdataset:{path}") for _ in range(2))
+    source.read_each([0])
     path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(DataError, match=r"a\.tar is no plain tar file"):
         open_source(f"webdataset:{path}")
     last = source.read_each([0, 11])[1]
     assert isinstance(last, Failure)
     assert "ends before the sample does: 0 of" in last.reason
+    first = late.read_each([0])[0]
+    assert isinstance(first, Failure)
+    assert "has changed since the data was opened; open it again" in first.reason
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_shards_than_files_are_kept_open(
+    tmp_path: Path, scans: list[Any], write_tar: Any, workers: int
+) -> None:
+    for number in range(600):
+        inside = [(f"{number}.png", scans[number % 3][1]), (f"{number}.cls", b"a")]
+        write_tar(tmp_path / f"{number:03}.tar", inside)
+    source = open_source(f"webdataset:{tmp_path}")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 500, limits[1]))
+    try:
+        sampler = Sampler(source.ids, seed=0, batch_size=20)
+        with Loader(source, sampler, image_size=8, channels=1, workers=workers) as loader:
+            for _ in range(2):
+                ids = torch.cat([batch.ids for batch in loader])
+                assert sorted(ids.tolist()) == sorted(source.ids.tolist())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_shard_without_its_end_or_with_more_after_it(
+    tmp_path: Path, scans: list[Any], write_tar: Any
+) -> None:
+    """Where tarfile stops in silence, samples would be missing in silence."""
+    path = write_tar(tmp_path / "a.tar", members(scans))
+    whole = path.read_bytes()
+    with tarfile.open(path) as shard:
+        headers = [member.offset for member in shard.getmembers()]
+    damaged = bytearray(whole)
+    damaged[headers[7] + 20] ^= 1
+    for content, message in (
+        (bytes(damaged), f"is cut short or damaged at byte {headers[7]}"),
+        (whole[: headers[9]], f"is cut short or damaged at byte {headers[9]}"),
+        (whole + whole, r"goes on after its end, as tar files do that were joined"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            open_source(f"webdataset:{path}")
+
+
+def test_what_is_no_range_of_bytes_is_refused(tmp_path: Path, scans: list[Any]) -> None:
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+        with tarfile.open(tmp_path / "a.tar", "w") as shard:
+            for name in ("1.png", "2.png"):
+                facts = tarfile.TarInfo(name)
+                facts.size = len(scans[0][1])
+                shard.addfile(facts, io.BytesIO(scans[0][1]))
+            link = tarfile.TarInfo("3.png")
+            link.type, link.linkname = kind, "1.png"
+            shard.addfile(link)
+        with pytest.raises(DataError, match=r"a\.tar, 3\.png is a link or a device.*--dereference"):
+            open_source(f"webdataset:{tmp_path / 'a.tar'}")
+
+
+def test_labels_that_are_none(tmp_path: Path, scans: list[Any], write_tar: Any) -> None:
+    for content, message in (
+        (b'{"kind": [1, 2]}', "kind has several values"),
+        (b'{"kind": ' + b"[" * 100_000, "is no label"),
+    ):
+        path = write_tar(tmp_path / "a.tar", [("1.png", scans[0][1]), ("1.json", content)])
+        with pytest.raises(DataError, match=message):
+            open_source(f"webdataset:{path}", label_key="json.kind")
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,18 @@ def test_broken_images_and_odd_names_of_columns(
                     str(tmp_path / "sheet.png")]  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", [{"seconds": 0.0}, {"batch_size": 1}, {"image_size": 0}])
-def test_refusals(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="bench data needs seconds above 0"):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seconds": 0.0}, "bench data needs seconds above 0"),
+        ({"batch_size": 1}, "a batch_size of at least 2, got 0.05 and 1"),
+        ({"image_size": 0}, "image_size must be 1 or more and at most 32767, got 0"),
+        ({"image_size": 100_000}, "at most 32767, got 100000"),
+        ({"workers": -2}, "workers must be 0 or more, got -2"),
+    ],
+)
+def test_refusals(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         measure_data(BenchDataConfig(**{**SMALL, **setting}))
     with pytest.raises(ConfigError, match="policy"):
         measure_data(BenchDataConfig(**SMALL, policy="nothing"))
