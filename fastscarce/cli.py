@@ -235,7 +235,9 @@ def _table(command: str, config: Any) -> int:
     import yaml
 
     from fastscarce import cache, train
+    from fastscarce.train.ranges import check_ranges
 
+    check_ranges(config)
     match command:
         case "cache build":
             built = train.build_table(config, print)

@@ -34,6 +34,7 @@ from fastscarce.cache.manifest import (
     find_tables,
     locked,
     read_manifest,
+    read_samples,
     write_manifest,
     write_samples,
 )
@@ -53,7 +54,15 @@ BATCH = 256
 """Rows of a forward pass; part of the result, since the last bits of a row depend on its batch."""
 
 # What can't be continued, whatever is allowed: rows would not fit beside the others.
-_FIXED = ("cache.classes", "cache.codec", "cache.k", "cache.tagged", "data.ids", "data.rows")
+_FIXED = (
+    "cache.classes",
+    "cache.codec",
+    "cache.k",
+    "cache.tagged",
+    "data.ids",
+    "data.rows",
+    "transform.pairs",
+)
 
 Ids = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
@@ -221,6 +230,9 @@ def _opened(
                     f"{folder} can't be gone on with: {listed(fixed)} differ, and its rows would "
                     "not fit beside the new ones; leave the key out of --allow-mismatch."
                 )
+            if not _has_samples(folder, manifest):
+                write_samples(folder, samples.ids)
+                say(f"{folder}: the list of samples was lost or damaged, and is written again")
             views = max(manifest.views, int(content["cache"]["views"]))
             if views > manifest.views:
                 cache = {**manifest.content["cache"], "views": views}
@@ -251,6 +263,14 @@ def _opened(
     )
     write_manifest(folder, manifest)
     return folder, manifest
+
+
+def _has_samples(folder: Path, manifest: Manifest) -> bool:
+    try:
+        read_samples(folder, manifest)
+    except CacheError:
+        return False
+    return True
 
 
 def _versions() -> dict[str, str]:
@@ -327,10 +347,11 @@ class _Work:
         plan, rows = view.draw(places)
         planned = plan.to(images.device, non_blocking=True)
         logits = self.teacher.logits(planned, images, view.index(rows))[: len(places)]
-        if logits.dim() != 2 or logits.shape[1] != self.layout.classes:
+        if logits.shape != (len(places), self.layout.classes):
             raise CacheError(
-                f"The teacher needs {self.layout.classes} classes, as the data has, got an output "
-                f"of shape {tuple(logits.shape)}; give a class map where its classes are others."
+                f"The teacher needs {self.layout.classes} classes, as the data has, for each of "
+                f"{len(places)} images, got an output of shape {tuple(logits.shape)}; give a class "
+                "map where its classes are others."
             )
         tags = view.tags(plan, rows)[: len(places)] if self.layout.tagged else None
         records = pack(logits, self.layout, tags)

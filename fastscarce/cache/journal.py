@@ -100,7 +100,7 @@ def read_journal(path: Path, damage: list[str] | None = None) -> list[Line]:
         try:
             content = unseal(text.decode())
             lines.append(Line(**{name: content[name] for name in names}))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             complaint = f"{path}, line {number} is damaged ({error})"
             if damage is None:
                 raise CacheError(

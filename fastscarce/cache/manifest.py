@@ -78,10 +78,14 @@ def read_samples(folder: Path, manifest: Manifest) -> Ids:
         content = path.read_bytes()
     except OSError as error:
         raise CacheError(
-            f"{path} can't be read ({error.strerror}); build the table anew."
+            f"{path} can't be read ({error.strerror}); the same `fastscarce cache build` writes it "
+            "again."
         ) from error
     if checksum(content) != manifest.samples:
-        raise CacheError(f"{path} is damaged: its checksum does not match; build the table anew.")
+        raise CacheError(
+            f"{path} is damaged: its checksum does not match; the same `fastscarce cache build` "
+            "writes it again."
+        )
     ids: Ids = safetensors.numpy.load(content)["sample_id"]
     return ids
 
@@ -147,7 +151,8 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(
-            f"{path} is damaged ({error}); take it from a copy, or build the table anew."
+            f"{path} is damaged ({error}); take it from a copy, or delete the folder {path.parent} "
+            "and build the table anew."
         ) from error
 
 

@@ -130,7 +130,9 @@ class Pipeline:
     ) -> tuple[dict[str, float], list[list[Any]]]:
         """Of a shard's rows at once: by batches it would cost the teacher's passes a per cent."""
         rows = decode(torch.from_numpy(records), self._layout)
-        odd = torch.isnan(rows.log_probs[:, 0])
+        # Nor is a row that gives nothing to any class.
+        most = rows.log_probs.amax(1)
+        odd = torch.isnan(most) | (torch.isneginf(most) & torch.isneginf(rows.log_tail))
         if bool(odd.any()):
             raise TrainingError(
                 f"The teacher's output on sample {int(ids[int(odd.nonzero()[0])])}, view {view}, is"

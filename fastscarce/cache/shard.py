@@ -169,7 +169,10 @@ class ShardWriter:
         folder = self._folder / view_folder(self._view)
         number = self._numbers.get(self._view)
         if number is None:
-            taken = [int(path.stem.rsplit("-", 1)[1]) for path in folder.glob(f"{self._writer}-*")]
+            taken = [
+                int(path.stem.rsplit("-", 1)[1])
+                for path in folder.glob(f"{self._writer}-*.safetensors")
+            ]
             number = max(taken, default=-1) + 1
         self._numbers[self._view] = number + 1
         return f"{view_folder(self._view)}/{self._writer}-{number:05d}.safetensors"

@@ -51,7 +51,7 @@ class TeacherTable:
     ) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self.lines: list[Line] = [line for path in journals(folder) for line in read_journal(path)]
+        self.lines = _lines(folder)
         self._device = device
         self._ids: Ids | None = None
         self._views: OrderedDict[int, View] = OrderedDict()
@@ -246,6 +246,17 @@ class TeacherTable:
             self._coming[number] = self._loader.submit(self._load, number)
 
     def _load(self, number: int) -> View:
+        try:
+            return self._loaded(number)
+        except CacheError:
+            # The shards may have been joined since the table was opened.
+            lines = _lines(self.folder)
+            if lines == self.lines:
+                raise
+            self.lines = lines
+            return self._loaded(number)
+
+    def _loaded(self, number: int) -> View:
         return load_view(
             self.folder,
             [line for line in self.lines if line.view == number],
@@ -260,6 +271,10 @@ class TeacherTable:
             return "mmap"
         host = (free_memory() or 0) // _SHARE
         return "pinned" if _LEAST_VIEWS * view_bytes <= host else "mmap"
+
+
+def _lines(folder: Path) -> list[Line]:
+    return [line for path in journals(folder) for line in read_journal(path)]
 
 
 def _memory(device: torch.device) -> int:

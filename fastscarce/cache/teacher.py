@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from fastscarce.augment import Plan, apply
 from fastscarce.cache.fingerprint import of_module
+from fastscarce.errors import CacheError
 
 __all__ = ["PRECISIONS", "Teacher", "normalisation"]
 
@@ -116,7 +117,14 @@ class Teacher:
                 )
                 views = seen[mean, std, size] = _resized(views, size)
             with self._autocast(images.device):
-                said.append(model(views))
+                output = model(views)
+            if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(plan):
+                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise CacheError(
+                    f"A teacher needs to give logits (rows, classes), of {len(plan)} rows here, got"
+                    f" {got}; wrap the network so that it does."
+                )
+            said.append(output)
         logits = said[0]
         if len(said) > 1:
             each = torch.stack([torch.log_softmax(one.float(), dim=1) for one in said])

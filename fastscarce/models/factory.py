@@ -56,7 +56,10 @@ def create(
             return _from_folder(Path(name.removeprefix(_LOCAL)).expanduser(), sizes, rates)
         if name in small_cnn.NAMES:
             if pretrained:
-                raise ModelError(f"{name} has no published weights; set pretrained to false.")
+                raise ModelError(
+                    f"{name} has no published weights; set pretrained to false, or "
+                    "name a folder of trained weights."
+                )
             return _small(name, sizes, rates)
         return _timm(name, sizes, rates, pretrained=pretrained)
 

@@ -11,9 +11,9 @@ import torch
 from fastscarce.augment import read_policy
 from fastscarce.cache import Built, Samples, Teacher, Verification, build, verify
 from fastscarce.data import ImageSet, Split
+from fastscarce.errors import ConfigError
 from fastscarce.table_config import CacheBuildConfig, CacheVerifyConfig, TableConfig
 from fastscarce.train.pool import Pool
-from fastscarce.train.ranges import check_ranges
 from fastscarce.train.task import open_data
 from fastscarce.train.teacher import load_teacher
 
@@ -34,10 +34,14 @@ def build_table(config: CacheBuildConfig, say: Say) -> Built:
     Raises:
         FastscarceError: As `fastscarce.cache.build`, the data and the teacher say.
     """
-    check_ranges(config)
     rank = int(os.environ.get("RANK", "0"))
     said = say if rank == 0 else _nothing
     policy = read_policy(config.policy)
+    if policy.mixes and config.teacher_batch_size % 2:
+        raise ConfigError(
+            "teacher_batch_size must be even where the policy mixes two images, got "
+            f"{config.teacher_batch_size}."
+        )
     pool, samples, teacher = _prepared(config, said)
     return build(
         teacher,

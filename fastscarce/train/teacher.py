@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,14 @@ def load_teacher(
     sizes: list[int | None] = []
     maps: list[NDArray[np.int64] | None] = []
     for name in names:
-        model, own_size, known = _network(name, channels, config.teacher_image_size)
+
+        def map_of(known: tuple[str, ...] | int, name: str = name) -> None:
+            maps.append(_class_map(name, known, tuple(classes), config.class_map))
+
+        model, own_size = _network(name, channels, config.teacher_image_size, map_of)
         model = model.to(device).to(memory_format=torch.channels_last)
         models.append(model.eval().requires_grad_(False))
         sizes.append(config.teacher_image_size or own_size)
-        maps.append(_class_map(name, known, tuple(classes), config.class_map))
     if any(not np.array_equal(_as_list(one), _as_list(maps[0])) for one in maps):
         raise DataError(
             f"The teachers {', '.join(names)} know different classes; an ensemble needs the same."
@@ -65,9 +68,15 @@ def load_teacher(
 
 
 def _network(
-    name: str, channels: int, image_size: int | None
-) -> tuple[nn.Module, int | None, tuple[str, ...] | int]:
-    """A network, the side of the images it was trained at, and its classes' names or number."""
+    name: str,
+    channels: int,
+    image_size: int | None,
+    look_at: Callable[[tuple[str, ...] | int], None],
+) -> tuple[nn.Module, int | None]:
+    """A network and the side of the images it was trained at.
+
+    Its classes' names, or their number, are looked at before weights are fetched from anywhere.
+    """
     folder = Path(name.removeprefix(_LOCAL)).expanduser()
     if (folder / "student.safetensors").is_file():
         model, info = load(folder)
@@ -76,15 +85,18 @@ def _network(
                 f"The teacher in {folder} looks at images of {info.channels} channels, but the data"
                 f" has {channels}; name a teacher of such images."
             )
-        return model, info.image_size, info.class_names
+        look_at(info.class_names)
+        return model, info.image_size
     facts = _facts(name, folder)
     size = image_size or int(facts.get("input_size", (3, 224, 224))[-1])
-    classes = int(facts["num_classes"])
+    classes, labels = int(facts["num_classes"]), facts.get("label_names")
+    if _is_known(name):
+        look_at(tuple(map(str, labels)) if labels else classes)
+    # Refuses a name that is not known, with near ones.
     model = create(
         name, classes=classes, channels=channels, image_size=size, seed=0, pretrained=True
     )
-    labels = facts.get("label_names")
-    return model, size, tuple(map(str, labels)) if labels else classes
+    return model, size
 
 
 def _facts(name: str, folder: Path) -> dict[str, Any]:
@@ -100,7 +112,13 @@ def _facts(name: str, folder: Path) -> dict[str, Any]:
         found = timm.models.get_pretrained_cfg(name)
         if found is not None:
             return dict(found.to_dict())
-    return {"num_classes": 1000}  # `create` refuses an unknown name, with near ones
+    return {"num_classes": 1000}
+
+
+def _is_known(name: str) -> bool:
+    import timm.models
+
+    return name.startswith(_LOCAL) or ":" in name or bool(timm.models.is_model(name))
 
 
 def _class_map(
@@ -120,14 +138,20 @@ def _class_map(
     result = np.full(count, -1, dtype=np.int64)
     for place, label in enumerate(classes):
         theirs_of = content.get(label)
-        if theirs_of is None:
+        if theirs_of is None or theirs_of == []:
             raise DataError(f"The class map {path} needs an entry for the class {label!r}.")
         for entry in theirs_of if isinstance(theirs_of, list) else [theirs_of]:
             number = numbers.get(str(entry), entry)
-            if not isinstance(number, int) or not 0 <= number < count:
+            # YAML reads yes, no, on and off as true and false, which Python takes for numbers.
+            if type(number) is not int or not 0 <= number < count:
                 raise DataError(
                     f"The class map {path} names {entry!r} for {label!r}, which is no class of the "
                     f"teacher {name}; give a name it has, or a number from 0 to {count - 1}."
+                )
+            if result[number] not in (-1, place):
+                raise DataError(
+                    f"The class map {path} gives the teacher's class {entry!r} to both"
+                    f" {classes[result[number]]!r} and {label!r}; give it to one."
                 )
             result[number] = place
     return result
@@ -136,7 +160,7 @@ def _class_map(
 def _read_map(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no YAML or JSON"
         raise DataError(f"The class map {path} can't be read ({reason}).") from error
     if not isinstance(content, dict):

@@ -293,6 +293,17 @@ def test_tags_and_sentinels_see_other_views(make: Any, samples: Samples, tmp_pat
             check_sentinels(table, part, **{**check, "seed": 6})
 
 
+class Says(nn.Module):
+    """Gives what a function says."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.output(images)
+
+
 def test_what_can_not_be_built(make: Any, samples: Samples, tmp_path: Path, network: Any) -> None:
     for changed, message in (
         ({"policy": "weak+cutmix", "batch_size": 33}, "an even batch_size for a policy that mix"),
@@ -305,9 +316,24 @@ def test_what_can_not_be_built(make: Any, samples: Samples, tmp_path: Path, netw
         network.layer.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"output on sample \d+, view 0, is not finite"):
         make(tmp_path, network)
-    with pytest.raises(CacheError, match=r"needs 10 classes, as the data has, got .* \(32, 64\)"):
+    with pytest.raises(
+        CacheError, match=r"needs 10 classes, as the data has, .* got .* \(32, 64\)"
+    ):
         make(tmp_path, nn.Flatten())
+    for output, message in (
+        (lambda x: (network(x), 1), r"needs to give logits .* of 32 rows here, got tuple"),
+        (lambda x: network(x)[:1], r"of 32 rows here, got \(1, 10\)"),
+        (lambda x: network(x).repeat(2, 1), r"of 32 rows here, got \(64, 10\)"),
+    ):
+        with pytest.raises(CacheError, match=message):
+            make(tmp_path, Says(output))
+    with pytest.raises(TrainingError, match=r"output on sample \d+, view 0, is not finite"):
+        make(tmp_path, Says(lambda x: torch.full((len(x), 10), -torch.inf)))
     assert not list(tmp_path.rglob("*.safetensors.tmp"))
+    # Rows of mixed images are none of a table of unmixed ones, whatever is allowed.
+    make(tmp_path / "unmixed")
+    with pytest.raises(CacheError, match=r"can't be gone on with: transform\.pairs differ"):
+        make(tmp_path / "unmixed", policy="standard+cutmix", allow_mismatch=["transform"])
 
 
 def test_expectation_is_the_tables_own(make: Any, samples: Samples, tmp_path: Path) -> None:

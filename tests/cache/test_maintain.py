@@ -136,3 +136,45 @@ def test_deep_asks_the_teacher_again(
     assert changed.flips > 0
     with pytest.raises(ValueError, match="needs a teacher and samples to go deep"):
         verify(folder, deep=1)
+
+
+def test_a_reader_outlives_the_joining_of_its_shards(
+    make: Any, samples: Any, tmp_path: Path
+) -> None:
+    folder = make(tmp_path).folder
+    with TeacherTable.open(folder) as expected, TeacherTable.open(folder) as table:
+        rows = expected.records(samples.ids, 1)[0]
+        assert compact(folder)[1] == 2
+        assert torch.equal(table.records(samples.ids, 1)[0], rows)
+        for path in folder.glob("view-*/*.safetensors"):
+            path.unlink()
+    with TeacherTable.open(folder) as table, pytest.raises(CacheError, match="can't be read"):
+        table.records(samples.ids, 1)
+
+
+def test_the_list_of_samples_is_written_again(make: Any, samples: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path).folder
+    path = folder / "samples.safetensors"
+    for damage in (path.unlink, lambda: path.write_bytes(path.read_bytes() + b"x")):
+        content = path.read_bytes()
+        damage()
+        with TeacherTable.open(folder) as table, pytest.raises(CacheError, match="writes it again"):
+            _ = table.ids
+        said: list[str] = []
+        again = make(tmp_path, say=said.append)
+        assert (again.written, again.missing) == (0, 0)
+        assert "lost or damaged, and is written again" in said[0]
+        assert path.read_bytes() == content
+
+
+def test_files_of_others_are_let_be(make: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path).folder
+    shards = sorted(folder.glob("view-00000/*.safetensors"))
+    shards[0].with_name(f"{shards[0].name}.bak").write_bytes(b"")
+    shards[-1].unlink()
+    gc(folder)
+    assert make(tmp_path).missing == 0
+    with (folder / "rank000.journal").open("ab") as journal:
+        journal.write(b"[" * 100_000 + b"\n")
+    assert any("dropped" in line for line in gc(folder))
+    assert make(tmp_path).missing == 0

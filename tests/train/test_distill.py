@@ -482,6 +482,54 @@ def test_a_step_takes_the_memory_of_the_students(table: Path, task: Task) -> Non
     assert peaks[1] <= peaks[0] + rows * row
 
 
+def test_class_maps_that_make_no_sense(task: Task, teacher: Path, tmp_path: Path) -> None:
+    same = {str(n): str(n) for n in range(10)}
+    path = tmp_path / "map.json"
+    for changed, message in (
+        ({"9": True}, "names True for '9', which is no class"),
+        ({"0": False}, "names False for '0', which is no class"),
+        ({"1": "0"}, "gives the teacher's class '0' to both '0' and '1'; give it to one"),
+        ({"4": []}, "needs an entry for the class '4'"),
+    ):
+        path.write_text(json.dumps({**same, **changed}))
+        with pytest.raises(DataError, match=message):
+            load_teacher(
+                TeacherConfig(teacher=str(teacher), class_map=str(path)),
+                classes=task.images.classes, channels=1, device=torch.device("cpu"),
+            )  # fmt: skip
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="can't be read"):
+        load_teacher(
+            TeacherConfig(teacher=str(teacher), class_map=str(path)),
+            classes=task.images.classes, channels=1, device=torch.device("cpu"),
+        )  # fmt: skip
+    # Before weights are fetched from a network that is not there.
+    with pytest.raises(DataError, match="resnet18 knows other classes"):
+        load_teacher(
+            TeacherConfig(teacher="resnet18"),
+            classes=task.images.classes, channels=1, device=torch.device("cpu"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["build", "--views=0"], "views must be 1 or more, got 0"),
+        (["build", "--k=0"], "k must be 1 or more, got 0"),
+        (["build", "--rows-per-shard=0"], "rows_per_shard must be 1 or more"),
+        (["build", "--teacher-image-size=-4"], "teacher_image_size must be 1 or more"),
+        (["build", "--policy=standrd"], "policy must be one of"),
+        (["build", "--policy=weak+mixup", "--teacher-batch-size=3"], "batch_size must be even"),
+        (["compact", "--rows-per-shard=0"], "rows_per_shard must be 1 or more"),
+        (["verify", "--deep=-5"], "deep must be 0 or more, got -5"),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_table_that_make_no_sense(words: list[str], message: str) -> None:
+    code, _, err = fastscarce("cache", *words)
+    assert code == 2
+    assert message in err
+
+
 def test_teachers_by_name(task: Task, teacher: Path, tmp_path: Path) -> None:
     facts: dict[str, Any] = {
         "classes": task.images.classes, "channels": 1, "device": torch.device("cpu")
@@ -506,23 +554,24 @@ def test_teachers_by_name(task: Task, teacher: Path, tmp_path: Path) -> None:
 
     folder = tmp_path / "timm"
     folder.mkdir()
-    network = timm.create_model("test_efficientnet", num_classes=4)
+    network = timm.create_model("test_efficientnet", num_classes=12)
     from timm.models import save_for_hf
 
-    save_for_hf(network, folder, model_config={"num_classes": 4})
-    with pytest.raises(DataError, match=r"knows other classes .4 classes. than the data"):
+    save_for_hf(network, folder, model_config={"num_classes": 12})
+    with pytest.raises(DataError, match=r"knows other classes .12 classes. than the data"):
         of(f"local-dir:{folder}")
-    four = tmp_path / "four.json"
-    four.write_text(json.dumps({str(n): n % 4 for n in range(10)}))
-    assert of(f"local-dir:{folder}", class_map=str(four), teacher_image_size=32).classes == 10
+    twelve = tmp_path / "twelve.json"
+    known = {str(n): n for n in range(10)}
+    twelve.write_text(json.dumps({**known, "9": [9, 11]}))
+    assert of(f"local-dir:{folder}", class_map=str(twelve), teacher_image_size=32).classes == 10
     for content, message in (
         ({"0": 1}, "needs an entry for the class '1'"),
-        ({**{str(n): n % 4 for n in range(9)}, "9": 4}, "names 4 for '9', which is no class"),
+        ({**known, "9": 12}, "names 12 for '9', which is no class"),
         ([1], "needs a mapping"),
     ):
-        four.write_text(json.dumps(content))
+        twelve.write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):
-            of(f"local-dir:{folder}", class_map=str(four))
+            of(f"local-dir:{folder}", class_map=str(twelve))
     with pytest.raises(ModelError, match="is unknown; near names are"):
         of("small_cnnn")
 
