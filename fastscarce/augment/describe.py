@@ -49,7 +49,7 @@ def _of_row(row: Any) -> str:
     if bottom > top and right > left:
         parts.append(f"erase {right - left}x{bottom - top} at {left},{top}")
     if MIXES[row["mix"]] != "none":
-        parts.append(f"{MIXES[row['mix']]} {row['lam']:.2f} own")
+        parts.append(f"{MIXES[row['mix']]} with {1 - row['lam']:.2f} of the partner")
     return ", ".join(parts) if parts else "as it is"
 
 

@@ -165,7 +165,7 @@ def check_indices(
         if bool(outside.any()):
             row = int(outside.nonzero()[0])
             raise ValueError(
-                f"kd_loss needs targets in 0 to {classes - 1} or {ignore_index}, got "
+                f"kd_loss needs targets in 0 to {classes - 1} or ignore_index, {ignore_index}, got "
                 f"{int(index[row])} in row {row}."
             )
     both = (teacher.a, teacher.b) if isinstance(teacher, MixedTopK) else (teacher,)

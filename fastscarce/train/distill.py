@@ -48,7 +48,8 @@ def distill(run: Run, config: DistillConfig) -> dict[str, Any]:
 
     Returns:
         The content of ``result.json``: ``accuracy`` on the test split and on the hold-out, and of a
-        table its fingerprint and how many rows the teacher said in its place.
+        table its fingerprint and how many rows the teacher said in its place since the run was
+        last started.
 
     Raises:
         CacheError: The table is of something else, damaged, or lacks rows that nobody can say.

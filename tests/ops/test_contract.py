@@ -236,7 +236,10 @@ def test_autocast_around_a_model(name: str) -> None:
         ({"weight": torch.ones(4, 1)}, r"weight of shape \(rows,\)"),
         ({"student": torch.randn(2, 4, 10)}, r"\(rows, classes\).*\(2, 4, 10\)"),
         ({"student": torch.ones(4, 10, dtype=torch.complex64)}, "got torch.complex64"),
-        ({"target": torch.full((4,), 2**40)}, "0 to 9 or -100, got 1099511627776 in row 0"),
+        (
+            {"target": torch.full((4,), 2**40)},
+            "0 to 9 or ignore_index, -100, got 1099511627776 in row 0",
+        ),
     ],
 )
 def test_refusals(change: dict[str, Any], words: str) -> None:

@@ -462,7 +462,7 @@ def good() -> dict[str, Any]:
         ({"target": torch.zeros(3, dtype=torch.int64)}, r"target of shape \(rows,\)"),
         ({"target": torch.zeros(4, 3)}, "one shape"),
         ({"target": torch.zeros(4, dtype=torch.bool)}, "target in int64"),
-        ({"target": torch.full((4,), 10)}, "0 to 9 or -100, got 10 in row 0"),
+        ({"target": torch.full((4,), 10)}, "0 to 9 or ignore_index, -100, got 10 in row 0"),
         ({"target": torch.tensor([0, 1, -1, 2])}, "got -1 in row 2"),
         (
             {"target": MixedTarget(torch.zeros(4).long(), torch.full((4,), 12), torch.ones(4))},

@@ -29,7 +29,7 @@ def command(*words: str) -> tuple[int, str, str]:
         ("crop", 0.5, "scale 2.00"), ("identity", 0.0, "as it is"), ("equalize", 0.0, "equalize"),
         ("solarize", 100.0, "solarize from 100"), ("posterize", 4.0, "posterize 4 bits"),
         ("brightness", 1.5, "brightness x 1.50"), ("hue", -0.1, "hue -0.10 turn"),
-        ("cutmix", 0.25, "cutmix 0.75 own"), ("erase", 0.25, "erase 16x16 at 8,8"),
+        ("cutmix", 0.25, "cutmix with 0.25 of the partner"), ("erase", 0.25, "erase 16x16 at 8,8"),
     ],
 )  # fmt: skip
 def test_words(operation: str, magnitude: float, text: str) -> None:
