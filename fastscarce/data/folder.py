@@ -52,10 +52,14 @@ class FileReader:
 def _read_file(path: str) -> bytes:
     try:
         # Without waiting for the other end of a pipe that is called like an image.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise DataError("it is no file")
-            return file.read()
+            with open(handle, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in a table's path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"it can't be read: {reason}") from error
