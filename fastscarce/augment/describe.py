@@ -59,6 +59,8 @@ def _warp(matrix: Any) -> list[str]:
     The translation is of the image's centre, in pixels, right and down; the scale enlarges.
     """
     parts = []
+    if abs(np.linalg.det(matrix[:, :2])) < 1e-12:
+        return ["one point or line of it"]
     m = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))  # where a source pixel goes
     if np.linalg.det(m) < 0:
         parts.append("flip")

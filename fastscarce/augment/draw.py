@@ -14,7 +14,7 @@ from fastscarce.augment.philox import NO_NUMBERS
 from fastscarce.augment.plan import Plan, planned
 from fastscarce.augment.policy import Policy, get_policy
 from fastscarce.augment.recycled import recycled_rows
-from fastscarce.augment.table import PLAN
+from fastscarce.augment.table import PLAN, checked_size
 
 __all__ = ["draw", "draw_batches", "neighbours"]
 
@@ -109,6 +109,8 @@ def draw_batches(
     numbers = _numbers("draw_batches", "sample ids", ids)
     size = checked_size("draw_batches", image_size)
     views: int | Numbers
+    if isinstance(view, (np.ndarray, Tensor)) and view.ndim == 2:
+        view = list(view)
     if isinstance(view, Sequence) and any(np.ndim(one) for one in view):
         views = _per_row("views", view, lengths)
     else:
@@ -223,19 +225,3 @@ def _views_needed(got: Numbers) -> str:
 
 def _partners_needed(name: str, rows: int, got: str) -> str:
     return f"{name} needs partners, {rows} places from 0 to {rows - 1}, got {got}."
-
-
-def checked_size(name: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width.
-
-    Raises:
-        ValueError: They are not from 1 to 32767.
-    """
-    pair: Any = (image_size, image_size) if isinstance(image_size, int) else image_size
-    sound = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not sound or not all(isinstance(s, int) and 1 <= s <= 32767 for s in pair):
-        raise ValueError(
-            f"{name} needs image_size, one side or (height, width) of 1 to 32767 pixels, got"
-            f" {image_size!r}."
-        )
-    return pair[0], pair[1]

@@ -52,6 +52,12 @@ def carry_out(
             "apply needs uint8 or floating-point images, (n, height, width, 1 or 3 channels), got"
             f" {images.dtype} {tuple(images.shape)}."
         )
+    if 1 in images.shape[1:3]:
+        raise ValueError(
+            "apply needs images of at least 2x2 pixels for executor kornia, whose warps move a "
+            f"single row or column of pixels nowhere, got {images.shape[1]}x{images.shape[2]}; "
+            "take native."
+        )
     read = images if index is None else images[index]
     levels = read.permute(0, 3, 1, 2).contiguous().float()
     table = plan.table

@@ -327,7 +327,8 @@ def _steps(  # type: ignore[no-untyped-def]
                 m[1, i] = m[2, i] = m[3, i] = m[5, i] = 0.0
         if code <= 3 and slot > 0:
             for i in range(rows):
-                small[i, _WARP_AT] = slot
+                if code > 0 or u[0, i] < n[0]:  # a flip that is not drawn moves nothing
+                    small[i, _WARP_AT] = slot
         if code == 0:
             _flip(n, u, rows, m)
         elif code == 1:

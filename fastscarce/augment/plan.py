@@ -8,13 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable, byte_of
+from fastscarce.augment.table import MAPPING_VERSION, PLAN, PlanTable, byte_of, checked_size
 from fastscarce.ops import MixedTarget, MixedTopK, TopK
 from fastscarce.ops.tensors import require_tensor
 
@@ -151,15 +150,19 @@ class Plan:
             version's.
         """
         try:
-            with np.load(path, allow_pickle=False) as content:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
                 facts = json.loads(str(content["facts"]))
-                height, width = facts["image_size"]
-                return cls(content["table"], (int(height), int(width)), int(facts["version"]))
+                version, size = facts["version"], checked_size("a plan", facts["image_size"])
+                if type(version) is not int or not 1 <= version <= MAPPING_VERSION:
+                    raise ValueError(
+                        f"version {version}, and this fastscarce reads up to {MAPPING_VERSION}"
+                    )
+                return cls(content["table"], size, version)
         except OSError as error:
             raise ValueError(
                 f"Plan.load can't read {path} ({error.strerror or error}); check the path."
             ) from None
-        except (KeyError, ValueError, EOFError, BadZipFile) as error:
+        except Exception as error:  # NumPy raises what it likes on broken bytes
             raise ValueError(f"Plan.load needs a plan's file, got {path}: {error}") from None
 
 

@@ -171,7 +171,7 @@ class Policy:
 
         try:
             content = yaml.safe_load(text)
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        except Exception as error:  # its constructors raise what they like on odd values
             reason = " ".join(str(error).split()).rstrip(".")
             raise ValueError(f"A policy needs YAML text that can be read: {reason}.") from None
         if not isinstance(content, (dict, list)):

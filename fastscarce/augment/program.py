@@ -96,7 +96,8 @@ def amount_of(code, part, negative, wide, height, width):  # type: ignore[no-unt
         return sign * part * (0.99 if wide else 0.3)
     if code in (_TRANSLATE_X, _TRANSLATE_Y):
         side = width if code == _TRANSLATE_X else height
-        return sign * math.floor(part * (32.0 if wide else 150.0 / 331.0 * side))
+        # Whole pixels that rounding puts just below their number are not one less.
+        return sign * math.floor(part * (32.0 if wide else 150.0 / 331.0 * side) + 1e-6)
     if code == _ROTATE:
         return sign * part * (135.0 if wide else 30.0)
     if code in (_BRIGHTNESS, _COLOR, _CONTRAST, _SHARPNESS):

@@ -9,10 +9,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastscarce.augment.draw import checked_ids, checked_size, neighbours
+from fastscarce.augment.draw import checked_ids, neighbours
 from fastscarce.augment.plan import Plan
 from fastscarce.augment.program import warp_of
-from fastscarce.augment.table import MIXES, OPERATIONS, SAMPLINGS, PlanTable, new_table
+from fastscarce.augment.table import (
+    MIXES,
+    OPERATIONS,
+    SAMPLINGS,
+    PlanTable,
+    checked_size,
+    new_table,
+)
 
 __all__ = ["plan_of"]
 
@@ -24,7 +31,7 @@ _RANGES = {
     "rotate": (-360.0, 360.0, "degrees"),
     "solarize": (0.0, 255.0, "a grey level"),
     "color": (0.0, 100.0, "a factor"),
-    "posterize": (0.0, 8.0, "bits"),
+    "posterize": (0.0, 8.0, "whole bits"),
     "contrast": (0.0, 100.0, "a factor"),
     "brightness": (0.0, 100.0, "a factor"),
     "sharpness": (0.0, 100.0, "a factor"),
@@ -105,7 +112,10 @@ def _magnitudes(name: str, magnitude: float | Sequence[float]) -> list[float]:
     alone = isinstance(magnitude, (int, float))
     given = [magnitude] if alone else magnitude
     several = isinstance(given, (list, tuple)) and all(isinstance(x, (int, float)) for x in given)
-    numbers = [float(x) for x in given] if several else []  # type: ignore[union-attr, arg-type]
+    try:
+        numbers = [float(x) for x in given] if several else []  # type: ignore[union-attr, arg-type]
+    except OverflowError:
+        numbers = [math.inf]
     if name == "affine":
         if alone or len(numbers) != 6 or not all(abs(x) <= _LARGEST for x in numbers):
             raise ValueError(
@@ -113,8 +123,9 @@ def _magnitudes(name: str, magnitude: float | Sequence[float]) -> list[float]:
                 f" {magnitude!r}."
             )
         return numbers
-    least, most, unit = _RANGES.get(name, (-math.inf, math.inf, "a number"))
-    if not alone or not least <= numbers[0] <= most:
+    least, most, unit = _RANGES.get(name, (-_LARGEST, _LARGEST, "a number"))
+    whole = name != "posterize" or (alone and numbers[0].is_integer())
+    if not alone or not whole or not least <= numbers[0] <= most:
         raise ValueError(
             f"plan_of needs {name} by {unit} from {least:g} to {most:g}, got {magnitude!r}."
         )

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAPPING_VERSION", "OPERATIONS", "PLAN", "SLOTS", "PlanTable", "byte_of", "new_table"]
+__all__ = [
+    "MAPPING_VERSION",
+    "OPERATIONS",
+    "PLAN",
+    "SLOTS",
+    "PlanTable",
+    "byte_of",
+    "checked_size",
+    "new_table",
+]
 
-MAPPING_VERSION = 2
+MAPPING_VERSION = 3
 """Of the mapping from random words to parameters: part of every fingerprint of drawn views."""
 
 SLOTS = 4
@@ -79,3 +90,19 @@ def new_table(rows: int) -> PlanTable:
     table["lam"] = 1.0
     table["partner"] = np.arange(rows)
     return table
+
+
+def checked_size(name: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width.
+
+    Raises:
+        ValueError: They are not from 1 to 32767.
+    """
+    pair: Any = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sound = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not sound or not all(isinstance(s, int) and 1 <= s <= 32767 for s in pair):
+        raise ValueError(
+            f"{name} needs image_size, one side or (height, width) of 1 to 32767 pixels, got"
+            f" {image_size!r}."
+        )
+    return pair[0], pair[1]

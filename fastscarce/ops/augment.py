@@ -86,6 +86,8 @@ def augment(
         )
     shape = (rows, channels, height, width)
     check_result("augment", shape, dtype, layout, colour, out)
+    if out is not None and not torch.compiler.is_compiling():
+        _check_memory(images, out)
     means, deviations = checked_normalisation("augment", mean, std, channels)
     images = images.contiguous()
     plan = plan.contiguous()
@@ -96,7 +98,18 @@ def augment(
         result: Tensor = _augment(images, plan, index, means, deviations, pixels, last, fast)
         return result
     _augment_out(images, plan, index, means, deviations, last, fast, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        # What autograd saved of this memory is stale, and is to be found out.
+        torch.autograd.graph.increment_version(out)
     return out
+
+
+def _check_memory(images: Tensor, out: Tensor) -> None:
+    """Refuse to write over the images, which rows after this one may read, or over a parameter."""
+    if out.requires_grad:
+        raise ValueError("augment needs an out that requires no gradient; pass out.detach().")
+    if out.numel() and out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
+        raise ValueError("augment needs an out of other memory than the images'.")
 
 
 def check_index(name: str, index: Tensor | None, count: int, rows: int) -> None:
@@ -151,7 +164,7 @@ def checked_normalisation(
 def _numbers(name: str, of: str, value: float | Sequence[float], channels: int) -> list[float]:
     try:
         numbers = [float(value)] if isinstance(value, (int, float)) else [float(x) for x in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) not in (1, channels):
         raise ValueError(f"{name} needs {of}, one number or {channels}, got {value!r}.")

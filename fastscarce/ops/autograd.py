@@ -73,6 +73,9 @@ class WriteTo:
         """Loss, gradient, factor."""
         statistics, self.statistics = self.statistics or (None,) * 5, ()
         loss, gradient, factor = self.operator(student, *arguments, self.gradient, *statistics)
+        if self.gradient is not None and not self.gradient.is_inference():
+            # What else was saved of this memory is stale, and autograd is to say so.
+            torch.autograd.graph.increment_version(self.gradient)
         return loss, gradient if self.gradient is None else self.gradient, factor
 
 
@@ -115,7 +118,12 @@ class Recomputed(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
         """The loss."""
         numbers = next(i for i, x in enumerate(arguments) if isinstance(x, (int, float)))
-        ctx.save_for_backward(student, *arguments[:numbers])
+        # Autograd can't save what was made in inference mode; a copy it can.
+        tensors = [
+            one.clone() if isinstance(one, Tensor) and one.is_inference() else one
+            for one in arguments[:numbers]
+        ]
+        ctx.save_for_backward(student, *tensors)
         ctx.operator, ctx.options = operator, arguments[numbers:]
         loss: Tensor = call(operator, student, arguments, False)[0]
         return loss
@@ -180,9 +188,10 @@ def _twin_gradient(
     label: Tensor | MixedTarget | None = target
     if target is not None and partner is not None and share is not None:
         label = MixedTarget(target, partner, share)
-    logits = student if student.dtype == torch.float64 else student.float()
+    # In float64: what the kernels make of logarithms of probabilities, the twin makes of
+    # probabilities, which may be too small for float32.
     loss = reference.kd_loss(
-        logits,
+        student.double(),
         teacher,
         label,
         temperature=temperature,
@@ -195,5 +204,5 @@ def _twin_gradient(
         reduction=_name(REDUCTIONS, reduction),
         **options,
     )
-    (gradient,) = torch.autograd.grad(scale * loss, student, upstream, create_graph=True)
+    (gradient,) = torch.autograd.grad(scale * loss, student, upstream.double(), create_graph=True)
     return gradient

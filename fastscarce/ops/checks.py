@@ -9,11 +9,17 @@ from torch import Tensor
 
 from fastscarce.ops.autograd import TAILS
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
-from fastscarce.ops.tensors import require_floats, require_tensor
+from fastscarce.ops.tensors import (
+    require_floats,
+    require_numbers,
+    require_tensor,
+    without_gaps,
+)
 
 __all__ = [
     "buffer_of",
     "check_indices",
+    "check_target",
     "class_weights_of",
     "column_of",
     "labels_of",
@@ -29,13 +35,16 @@ def term_weights(
     alpha: float | tuple[float, float], target: bool, teacher: bool
 ) -> tuple[float, float]:
     """Weights of the distillation and of the label term; 0 for one that is not there."""
-    if isinstance(alpha, tuple):
+    if isinstance(alpha, (tuple, list)):
+        if len(alpha) != 2 or not all(hasattr(one, "__float__") for one in alpha):
+            raise ValueError(f"kd_loss needs alpha as a number or two, got {alpha}.")
         distil, label = alpha
         if not (0.0 <= distil < math.inf and 0.0 <= label < math.inf):
             raise ValueError(
                 f"kd_loss needs a pair alpha of finite weights of 0 or more, got {alpha}."
             )
     else:
+        require_numbers("kd_loss", alpha=alpha)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"kd_loss needs alpha in 0 to 1, got {alpha}.")
         # A term alone has all the weight.
@@ -85,7 +94,7 @@ def logits_of(name: str, tensor: Tensor, student: Tensor) -> Tensor:
             f"kd_loss needs student logits and {name} on one device, got {student.device} and "
             f"{tensor.device}."
         )
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    return without_gaps(tensor)
 
 
 def column_of(name: str, tensor: Tensor, student: Tensor) -> Tensor:
@@ -158,16 +167,7 @@ def check_indices(
     # One number is read on its own: a kernel a call for it would show beside a small batch.
     if not (math.isnan(loss.item()) if loss.dim() == 0 else bool(torch.isnan(loss).any())):
         return
-    for index in (target.a, target.b) if isinstance(target, MixedTarget) else (target,):
-        if index is None or index.is_floating_point():
-            continue
-        outside = ((index < 0) | (index >= classes)) & (index != ignore_index)
-        if bool(outside.any()):
-            row = int(outside.nonzero()[0])
-            raise ValueError(
-                f"kd_loss needs targets in 0 to {classes - 1} or ignore_index, {ignore_index}, got "
-                f"{int(index[row])} in row {row}."
-            )
+    check_target(target, classes, ignore_index)
     both = (teacher.a, teacher.b) if isinstance(teacher, MixedTopK) else (teacher,)
     for one in both:
         if not isinstance(one, TopK):
@@ -178,6 +178,22 @@ def check_indices(
             raise ValueError(
                 f"kd_loss needs a teacher's indices in 0 to {classes - 1}, got "
                 f"{int(one.indices[row, place])} in row {row}."
+            )
+
+
+def check_target(
+    target: Tensor | MixedTarget | None, classes: int, ignore_index: int, *, name: str = "kd_loss"
+) -> None:
+    """Names the first label outside the classes."""
+    for index in (target.a, target.b) if isinstance(target, MixedTarget) else (target,):
+        if index is None or index.is_floating_point():
+            continue
+        outside = ((index < 0) | (index >= classes)) & (index != ignore_index)
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"{name} needs targets in 0 to {classes - 1} or ignore_index, {ignore_index}, got "
+                f"{int(index[row])} in row {row}."
             )
 
 
@@ -234,8 +250,9 @@ def weighted_label(
     classes, scaled so that a mean over rows becomes the mean over weights of labels.
     """
     if isinstance(target, Tensor) and target.is_floating_point():
-        smooth = (1 - label_smoothing) * target + label_smoothing / target.shape[1]
-        return (smooth * class_weight).to(target.dtype)
+        # Not in 16 bits, which a product of the two may not fit in.
+        smooth = (1 - label_smoothing) * target.to(class_weight.dtype)
+        return (smooth + label_smoothing / target.shape[1]) * class_weight
     if isinstance(target, Tensor):
         target = MixedTarget(target, target, torch.ones_like(target, dtype=torch.float32))
     label = class_weight.new_zeros((len(target), class_weight.shape[0]))
@@ -287,6 +304,11 @@ def buffer_of(
     if not out.is_contiguous() or out.requires_grad:
         raise ValueError(
             f"kd_loss needs a contiguous {name} that requires no gradient to write to."
+        )
+    if out.is_inference() and not student.is_inference():
+        raise ValueError(
+            f"kd_loss needs a {name} to write to that was not made in inference mode, which "
+            "autograd can't save; make it under torch.no_grad()."
         )
     if out.untyped_storage().data_ptr() == student.untyped_storage().data_ptr() and out.numel():
         raise ValueError(f"kd_loss needs {name} to be other memory than the student's logits.")

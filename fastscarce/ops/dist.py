@@ -10,7 +10,12 @@ from torch import Tensor
 
 from fastscarce.ops import reference
 from fastscarce.ops.autograd import InForward, Recomputed, call
-from fastscarce.ops.tensors import require_floats
+from fastscarce.ops.tensors import (
+    require_floats,
+    require_numbers,
+    require_temperature,
+    without_gaps,
+)
 
 __all__ = ["dist_loss"]
 
@@ -28,14 +33,14 @@ class _Recomputed(Recomputed):
         student, teacher = ctx.saved_tensors
         temperature, inter, intra = ctx.options
         loss = reference.dist_loss(
-            student if student.dtype == torch.float64 else student.float(),
+            student.double(),
             teacher,
             temperature=temperature,
             inter=inter,
             intra=intra,
             t_squared=False,
         )
-        (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
+        (gradient,) = torch.autograd.grad(loss, student, upstream.double(), create_graph=True)
         return gradient, None, None
 
 
@@ -87,8 +92,8 @@ def dist_loss(
         raise ValueError(
             f"dist_loss needs gradient 'auto', 'in_forward' or 'recompute', got {gradient!r}."
         )
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"dist_loss needs a positive, finite temperature, got {temperature}.")
+    require_numbers("dist_loss", temperature=temperature, inter=inter, intra=intra)
+    require_temperature("dist_loss", temperature)
     if not (0.0 <= inter < math.inf and 0.0 <= intra < math.inf):
         raise ValueError(f"dist_loss needs inter and intra of 0 or more, got {inter} and {intra}.")
     student, teacher = _logits(student, teacher)
@@ -120,7 +125,4 @@ def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"dist_loss needs student and teacher logits on one device, got {student.device} and "
             f"{teacher.device}."
         )
-    return (
-        student if student.stride(1) == 1 else student.contiguous(),
-        teacher if teacher.stride(1) == 1 else teacher.contiguous(),
-    )
+    return without_gaps(student), without_gaps(teacher)

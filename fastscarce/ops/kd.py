@@ -31,6 +31,7 @@ from fastscarce.ops.checks import (
 from fastscarce.ops.dist import dist_loss
 from fastscarce.ops.statistics import RowStatistics, empty_statistics, row_statistics
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+from fastscarce.ops.tensors import require_numbers, require_temperature
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -243,7 +244,7 @@ def kd_loss(
                 statistics=statistics,
             )
         loss = "kl"  # without a teacher the label term alone
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(
             "kd_loss needs loss to be 'kl', 'reverse_kl', 'jsd', 'skew_kl', 'dkd', "
             f"'logit_standard' or 'dist', got {loss!r}."
@@ -252,13 +253,26 @@ def kd_loss(
         raise ValueError(
             f"kd_loss needs gradient 'auto', 'in_forward' or 'recompute', got {gradient!r}."
         )
+    require_numbers(
+        "kd_loss",
+        temperature=temperature,
+        threshold=threshold,
+        label_smoothing=label_smoothing,
+        beta=beta,
+        skew=skew,
+        dkd_alpha=dkd_alpha,
+        dkd_beta=dkd_beta,
+    )
+    if loss == "skew_kl" and skew == 0.0:
+        loss = "kl"  # which it is; a mixture of next to nothing would not be held by float32
     first, second = parameters_of(loss, beta, skew, dkd_alpha, dkd_beta)
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"kd_loss needs threshold in 0 to 1, got {threshold}.")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"kd_loss needs reduction 'mean', 'sum' or 'none', got {reduction!r}.")
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"kd_loss needs a positive, finite temperature, got {temperature}.")
+    require_temperature("kd_loss", temperature)
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"kd_loss needs ignore_index as a whole number, got {ignore_index!r}.")
     distil, label = term_weights(alpha, target is not None, teacher is not None)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"kd_loss needs label_smoothing in 0 to 1, got {label_smoothing}.")
@@ -271,8 +285,11 @@ def kd_loss(
     labels = labels_of(target, loss, student)
     if weight is not None:
         weight = column_of("weight", weight, student).to(torch.float32)
+        if student.dtype == torch.float16 and reduction == "mean" and weight.numel():
+            # A mean is the same for weights of any size; gradients of rows in float16 are not.
+            weight = weight / weight.amax().clamp(min=torch.finfo(torch.float32).tiny)
     buffer = None
-    if out is not None or reuse_teacher_buffer:
+    if (out is not None or reuse_teacher_buffer) and not torch.compiler.is_compiling():
         dense = given if isinstance(teacher, Tensor) else None
         buffer = buffer_of(out, reuse_teacher_buffer, dense, student, gradient)
     if class_weight is not None and target is not None:

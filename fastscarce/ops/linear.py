@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastscarce.ops.autograd import keeps_graph, refuse_graph
-from fastscarce.ops.checks import term_weights
+from fastscarce.ops.checks import check_target, class_weights_of, term_weights
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
-from fastscarce.ops.tensors import require_tensor
+from fastscarce.ops.tensors import require_numbers, require_tensor
 
 __all__ = ["linear_kd_loss"]
 
@@ -249,6 +249,11 @@ def linear_kd_loss(
         raise ValueError("linear_kd_loss needs a loss of rows, got 'dist', which needs all rows.")
     require_tensor("linear_kd_loss", "features", features)
     require_tensor("linear_kd_loss", "weight", weight)
+    for name, given in (("bias", bias), ("row_weight", row_weight)):
+        if given is not None:
+            require_tensor("linear_kd_loss", name, given)
+    if target is not None and not isinstance(target, MixedTarget):
+        require_tensor("linear_kd_loss", "target", target)
     device = features.device.type
     head: Head | None = None
     if isinstance(teacher, tuple):
@@ -263,6 +268,11 @@ def linear_kd_loss(
         _check_layer("the teacher's", *head, features)
     distil, label = term_weights(alpha, target is not None, head is not None or teacher is not None)
     rows, classes = features.shape[0], weight.shape[0]
+    if classes == 0:
+        raise ValueError("linear_kd_loss needs a weight of one class or more, got none.")
+    weighted = class_weight is not None
+    if class_weight is not None:
+        class_weight = class_weights_of(class_weight, weight.t())
     for name, value in (
         ("teacher", teacher if head is None else head),
         ("target", target),
@@ -276,8 +286,14 @@ def linear_kd_loss(
     least = _ROWS if memory is None else 16
     if memory is None:
         memory = _MEMORY.get(device, _MEMORY["cuda"])
+    require_numbers("linear_kd_loss", memory=memory)
     if not memory > 0:
         raise ValueError(f"linear_kd_loss needs memory above 0 MiB, got {memory}.")
+    if not features.is_cuda:
+        check_target(target, classes, ignore_index, name="linear_kd_loss")
+    if row_weight is not None and features.dtype == torch.float16 and reduction == "mean" and rows:
+        # As in kd_loss: a mean is the same for weights of any size.
+        row_weight = row_weight / row_weight.amax().clamp(min=torch.finfo(torch.float32).tiny)
     rows_a_chunk = max(least, int(memory * 2**20) // (2 * classes * features.element_size()))
 
     # What the sum over all rows is multiplied by. A number goes into the kernel's own weights, but
@@ -297,8 +313,11 @@ def linear_kd_loss(
             # the device.
             mass = _label_mass(target, row_weight, class_weight, classes, ignore_index)
             ratio = torch.where(mass == 0, 0, total / torch.where(mass == 0, 1, mass))
-            given = 1 if class_weight is None else class_weight
-            class_weight = (ratio * given).to(torch.float32).expand(classes)
+            if options.get("loss") == "dkd" and options.get("label_smoothing") and not weighted:
+                label = label * float(ratio)  # DKD has no smoothed label with class weights
+            else:
+                by_class = ratio if class_weight is None else ratio * class_weight
+                class_weight = by_class.to(torch.float32).expand(classes)
     chunks = _Chunks(
         teacher if head is None else head,
         target,
@@ -318,6 +337,9 @@ def linear_kd_loss(
 
 def _head_of(teacher: tuple[Tensor | None, ...]) -> Head:
     """Features, weight and bias of a teacher's last layer, without their graph."""
+    for part in teacher:
+        if part is not None:
+            require_tensor("linear_kd_loss", "each part of the teacher's layer", part)
     parts = [None if x is None else x.detach() for x in teacher]
     if len(parts) == 2:
         parts.append(None)

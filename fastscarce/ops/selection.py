@@ -12,7 +12,13 @@ from torch import Tensor
 
 from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops.targets import TopK
-from fastscarce.ops.tensors import require_floats
+from fastscarce.ops.tensors import (
+    require_floats,
+    require_numbers,
+    require_temperature,
+    require_tensor,
+    without_gaps,
+)
 
 __all__ = ["Confidence", "confidence", "pack_topk", "topk", "unpack_topk"]
 
@@ -83,6 +89,7 @@ def pack_topk(logits: Tensor, k: int, *, codes: bool = False, tags: Tensor | Non
     logits = _rows("pack_topk", logits)
     _check_k("pack_topk", logits, k)
     if tags is not None:
+        require_tensor("pack_topk", "tags", tags)
         if tags.dtype != torch.int64 or tags.shape != logits.shape[:1]:
             raise ValueError(
                 f"pack_topk needs int64 tags of shape ({logits.shape[0]},), got {tags.dtype} "
@@ -113,6 +120,7 @@ def unpack_topk(
         ValueError: The records have another dtype or number of dimensions.
         RuntimeError: Rows have another length.
     """
+    require_tensor("unpack_topk", "records", records)
     if records.dtype != torch.uint8 or records.dim() != 2:
         raise ValueError(
             f"unpack_topk needs uint8 records of shape (rows, stride), got {records.dtype} "
@@ -139,10 +147,10 @@ def confidence(logits: Tensor, threshold: float = 0.0, *, temperature: float = 1
         ValueError: Shape or dtype do not fit, or a number is out of its range.
     """
     logits = _rows("confidence", logits)
+    require_numbers("confidence", threshold=threshold, temperature=temperature)
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"confidence needs threshold in 0 to 1, got {threshold}.")
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"confidence needs a positive, finite temperature, got {temperature}.")
+    require_temperature("confidence", temperature)
     return Confidence(*_confidence(logits, float(threshold), float(temperature)))
 
 
@@ -162,5 +170,4 @@ def _rows(name: str, logits: Tensor) -> Tensor:
             f"{name} needs logits of shape (rows, classes), classes at least 1, got "
             f"{tuple(logits.shape)}."
         )
-    logits = logits.detach()
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+    return without_gaps(logits.detach())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastscarce.ops.tensors import require_tensor
+
 __all__ = ["MixedTarget", "MixedTopK", "TopK"]
 
 
@@ -34,6 +36,8 @@ class MixedTarget:
 
     def __post_init__(self) -> None:
         a, b, lam = self.a, self.b, self.lam
+        for name, value in (("a", a), ("b", b), ("lam", lam)):
+            require_tensor("MixedTarget", name, value)
         if a.dtype != torch.int64 or b.dtype != torch.int64 or lam.dtype != torch.float32:
             raise ValueError(
                 "MixedTarget needs a and b in int64 and lam in float32, got "
@@ -92,6 +96,10 @@ class TopK:
 
     def __post_init__(self) -> None:
         indices, log_probs, log_tail = self.indices, self.log_probs, self.log_tail
+        for name, value in (
+            ("indices", indices), ("log_probs", log_probs), ("log_tail", log_tail)
+        ):  # fmt: skip
+            require_tensor("TopK", name, value)
         floats = log_probs.is_floating_point() and log_tail.is_floating_point()
         if indices.dtype != torch.int32 or not floats:
             raise ValueError(
@@ -162,6 +170,10 @@ class MixedTopK:
 
     def __post_init__(self) -> None:
         a, b, lam = self.a, self.b, self.lam
+        require_tensor("MixedTopK", "lam", lam)
+        for name, one in (("a", a), ("b", b)):
+            if not isinstance(one, TopK):
+                raise ValueError(f"MixedTopK needs {name} as a TopK, got {type(one).__name__}.")
         if len(a) != len(b) or lam.shape != a.log_tail.shape or lam.dtype != torch.float32:
             raise ValueError(
                 f"MixedTopK needs two TopK of as many rows and float32 lam of shape ({len(a)},), "

@@ -81,9 +81,13 @@ class WeightedKDLoss(KDLoss):
         # A term of weight 0 is not computed; DKD needs the target all the same.
         if target is not None and label == 0 and teacher is not None and self.loss != "dkd":
             target = None
-        elif target is not None and distil == 0:
+        elif target is not None and distil == 0 and not self._asks_teacher(memory):
             teacher = None
         return super().forward(student, teacher, target, weight, **memory)
+
+    def _asks_teacher(self, memory: dict[str, Any]) -> bool:
+        """Whether a teacher is wanted for more than its term."""
+        return bool(self.statistics or memory.get("reuse_teacher_buffer"))
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""

@@ -41,6 +41,8 @@ def show_augment(config: ShowAugmentConfig, say: Callable[[str], None]) -> Path:
             f"show-augment needs at least 1 image and 1 view, got {config.images} and"
             f" {config.views}."
         )
+    if not Path(config.out).name:
+        raise ConfigError(f"show-augment needs the name of a PNG file as out, got {config.out!r}.")
     policy = read_policy(config.policy)
     images = load(
         config.data,

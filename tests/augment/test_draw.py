@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -255,7 +256,7 @@ def test_what_is_drawn_stays_as_it_is() -> None:
     """Of this mapping's version: whoever changes what words mean raises it."""
     ids = [0, 1, 2**40 + 7, -9]
     rows = draw("randaugment(2, 9)+cutmix", ids, view=3, seed=5, image_size=(37, 53)).table
-    assert MAPPING_VERSION == 2
+    assert MAPPING_VERSION == 3
     assert rows["drawn"][:, :2].tolist() == [[2, 11], [4, 7], [7, 6], [10, 9]]
     assert rows["box"].tolist() == [
         [17, 15, 37, 53],
@@ -441,6 +442,36 @@ def test_a_step_at_the_end_leaves_the_others_as_they_were() -> None:
     assert np.array_equal(weak, mixed)
 
 
+def test_a_flip_that_is_not_drawn_changes_nothing() -> None:
+    """What stands before or after the warp stays there; a flip that is drawn joins the warp."""
+    settings: dict[str, Any] = {"view": 0, "seed": 0, "image_size": 32}
+    plain = draw("randaugment(2, 9)", range(2000), **settings).table
+    for policy, share in (("randaugment(2, 9)+flip", 0.5), ("randaugment(2, 9)+flip(0)", 1.0)):
+        flipped = draw(policy, range(2000), **settings).table
+        same = (flipped["matrix"] == plain["matrix"]).all(axis=(1, 2))
+        assert abs(same.mean() - share) < 0.05
+        assert np.array_equal(flipped["warp_at"][same], plain["warp_at"][same])
+
+
+@pytest.mark.parametrize("side", [331, 662])
+def test_translations_are_whole_pixels_as_torchvision_counts_them(side: int) -> None:
+    for magnitude in (11, 22):
+        table = draw(
+            f"randaugment(1, {magnitude})", range(400), view=0, seed=0, image_size=side
+        ).table
+        moved = table["amount"][table["drawn"][:, 0] == OPERATIONS.index("translate_x"), 0]
+        assert set(np.abs(moved).tolist()) == {side // 331 * magnitude * 5.0}
+
+
+def test_views_of_batches_may_be_an_array() -> None:
+    ids, views = np.arange(12).reshape(3, 4), np.arange(12).reshape(3, 4) % 5
+    expected = draw_batches("weak+cutmix", ids, view=list(views), seed=0, image_size=16)
+    for given in (views, torch.from_numpy(views)):
+        plans = draw_batches("weak+cutmix", ids, view=given, seed=0, image_size=16)
+        for one, other in zip(plans, expected, strict=True):
+            assert np.array_equal(one.table, other.table)
+
+
 def test_what_is_no_plan_is_refused() -> None:
     plan = draw("weak", range(4), view=0, seed=0, image_size=8)
     calls: list[tuple[Callable[[], object], str]] = [
@@ -464,6 +495,20 @@ def test_save_and_load(tmp_path: Path) -> None:
     (tmp_path / "no.npz").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
         Plan.load(tmp_path / "no.npz")
+    written = (tmp_path / "plan.npz").read_bytes()
+    for place in range(0, len(written), 7):
+        for bit in (1, 32):
+            damaged = bytearray(written)
+            damaged[place] ^= bit
+            (tmp_path / "no.npz").write_bytes(bytes(damaged))
+            with contextlib.suppress(ValueError):
+                Plan.load(tmp_path / "no.npz")
+    for facts in ("[]", "null", '{"version": 99, "image_size": [20, 30]}',
+                  '{"version": 3, "image_size": [0, -5]}', '{"version": 3, "image_size": "99"}',
+                  "[" * 100_000):  # fmt: skip
+        np.savez(tmp_path / "no.npz", table=plan.table, facts=np.array(facts))
+        with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
+            Plan.load(tmp_path / "no.npz")
     with pytest.raises(ValueError, match=r"\(No such file or directory\); check the path"):
         Plan.load(tmp_path / "none.npz")
 

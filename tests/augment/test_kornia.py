@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastscarce.augment import Plan, Policy, apply, draw, get_policy, plan_of
+from fastscarce.augment import Plan, Policy, apply, describe, draw, get_policy, plan_of
 
 ONE_LEVEL = {
     "identity": [0.0], "autocontrast": [0.0], "equalize": [0.0], "invert": [0.0], "flip": [0.0],
@@ -179,3 +180,32 @@ def test_mixed_labels_and_teachers_end_to_end(tmp_path: Path) -> None:
         plan.mixed_target(labels[:9])
     with pytest.raises(ValueError, match="a teacher of 10 rows, got 9"):
         plan.mixed_topk(topk(teacher[:9], 3))
+
+
+def test_memory_that_is_written_to() -> None:
+    """Not that of the images, which later rows read; and autograd learns of it."""
+    images = pool(6, 3, 8)
+    plan = draw("eval+mixup", range(6), view=0, seed=0, image_size=8, partners=[3, 4, 5, 0, 1, 2])
+    settings: dict[str, Any] = {"dtype": torch.uint8, "layout": torch.channels_last}
+    with pytest.raises(ValueError, match="an out of other memory than the images'"):
+        apply(plan, images, out=images.permute(0, 3, 1, 2), **settings)
+    with pytest.raises(ValueError, match="an out that requires no gradient"):
+        apply(plan, images, out=torch.empty(6, 3, 8, 8, requires_grad=True))
+    out = apply(plan, images)
+    weights = torch.ones(6, 3, 8, 8, requires_grad=True)
+    value = (weights * out).sum()
+    apply(plan, images, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_kornia_refuses_a_single_row_of_pixels() -> None:
+    plan = draw("weak", range(2), view=0, seed=0, image_size=(1, 7))
+    with pytest.raises(ValueError, match="at least 2x2 pixels for executor kornia"):
+        apply(plan, torch.zeros(2, 1, 7, 3, dtype=torch.uint8), executor="kornia")
+    assert describe(plan_of("affine", [0], magnitude=[0.0] * 6, image_size=8)) == [
+        "one point or line of it"
+    ]
+    for text in ("- flip: {probability: !!bool 'x'}", "2001-99-99", "[" * 5000):
+        with pytest.raises(ValueError, match="A policy needs"):
+            Policy.from_yaml(text)

@@ -65,7 +65,7 @@ def test_an_affine_map_is_what_its_numbers_say() -> None:
     [
         ("blur", {}, "plan_of needs one of identity, .*, got 'blur'"),
         ("rotate", {"magnitude": 361}, "rotate by degrees from -360 to 360, got 361"),
-        ("posterize", {"magnitude": -1}, "posterize by bits from 0 to 8, got -1"),
+        ("posterize", {"magnitude": -1}, "posterize by whole bits from 0 to 8, got -1"),
         ("hue", {"magnitude": np.nan}, "hue by a part of a turn from -0.5 to 0.5, got nan"),
         ("cutmix", {"magnitude": 1.5}, "cutmix by the partner's part of the area from 0 to 1"),
         ("rotate", {"magnitude": (1, 2)}, r"rotate by degrees from -360 to 360, got \(1, 2\)"),
