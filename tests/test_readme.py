@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, and its policy is one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastscarce.augment import draw, read_policy
+
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+POLICIES = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With ``photos``: two classes of images."""
     root = tmp_path_factory.mktemp("readme")
-    draw = np.random.default_rng(0)
+    numbers = np.random.default_rng(0)
     for place in range(70):
         path = root / "photos" / ("cat", "dog")[place % 2] / f"{place}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(numbers.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
     return root
 
 
@@ -40,6 +43,17 @@ def test_a_block_runs(folder: Path, block: int) -> None:
         cwd=folder, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_policy_is_read(tmp_path: Path) -> None:
+    (written,) = POLICIES
+    (tmp_path / "steps.yaml").write_text(written, encoding="utf-8")
+    policy = read_policy(str(tmp_path / "steps.yaml"))
+    assert [type(step).__name__ for step in policy.steps] == [
+        "ResizedCrop", "Flip", "RandAugment", "CutMix",
+    ]  # fmt: skip
+    assert (policy.sampling, policy.fill, policy.mixes) == ("nearest", "reflect", True)
+    assert 0 < int((draw(policy, range(100), view=0, seed=0, image_size=32).lam < 1.0).sum()) < 100
 
 
 def test_there_are_blocks() -> None:

@@ -48,7 +48,7 @@ def _of_row(row: Any) -> str:
     top, left, bottom, right = (int(edge) for edge in row["erase"])
     if bottom > top and right > left:
         parts.append(f"erase {right - left}x{bottom - top} at {left},{top}")
-    if MIXES[row["mix"]] != "none":
+    if MIXES[row["mix"]] != "none" and row["lam"] < 1.0:
         parts.append(f"{MIXES[row['mix']]} with {1 - row['lam']:.2f} of the partner")
     return ", ".join(parts) if parts else "as it is"
 

@@ -271,5 +271,8 @@ def _name_and_numbers(part: str, whole: str) -> tuple[str, list[float]]:
     except ValueError:
         found = None
     if found is None:
-        raise ValueError(f"policy needs a name such as weak or randaugment(2, 9), got {whole!r}.")
+        hint = "; read_policy reads a file" if whole.endswith((".yaml", ".yml")) else ""
+        raise ValueError(
+            f"policy needs a name such as weak or randaugment(2, 9), got {whole!r}{hint}."
+        )
     return found[1], numbers

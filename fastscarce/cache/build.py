@@ -109,7 +109,8 @@ def build(
 
     Args:
         teacher: A network, several (their probabilities are averaged), or a `Teacher`, on the
-            device of the images.
+            device of the images. It is put into evaluation mode, and sees levels scaled by its own
+            ``pretrained_cfg``'s mean and standard deviation, or by 0.5 and 0.5.
         samples: Which images.
         path: A folder of tables; this one's is named by its fingerprint.
         policy: Of the views. Of one with CutMix or MixUp rows are of mixed images, with the

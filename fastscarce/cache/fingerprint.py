@@ -135,7 +135,7 @@ def require_same(
         raise CacheError(
             f"{where} was made of something else: {listed(keys)} differ"
             f"{'s' if len(keys) == 1 else ''}; build a table of what you have, or pass "
-            f"--allow-mismatch {keys[0]} where you know that it does not matter."
+            f"--allow-mismatch {','.join(keys[:_SHOWN])} where you know that it does not matter."
         )
 
 

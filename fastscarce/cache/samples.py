@@ -36,6 +36,11 @@ class Samples:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for name in ("ids", "positions", "labels"):
+            given = np.asarray(getattr(self, name))
+            if given.dtype.kind not in "iu":
+                raise ValueError(f"Samples needs {name} as whole numbers, got {given.dtype}.")
+            object.__setattr__(self, name, given.astype(np.int64))
         rows = len(self.ids)
         if not rows or len(np.unique(self.ids)) != rows:
             raise ValueError(f"Samples needs one id or more, each once, got {rows} ids.")
@@ -43,6 +48,11 @@ class Samples:
             raise ValueError(
                 f"Samples needs {rows} positions and labels, got {len(self.positions)} and "
                 f"{len(self.labels)}."
+            )
+        if self.positions.min() < 0 or self.positions.max() >= len(self.images):
+            raise ValueError(
+                f"Samples needs positions from 0 to {len(self.images) - 1} in the pool of images, "
+                f"got {self.positions.min()} to {self.positions.max()}."
             )
 
     def sorted(self) -> Samples:

@@ -79,7 +79,8 @@ class Loader:
             its id.
 
     Raises:
-        ValueError: A number is out of range, or the sampler has ids that the source hasn't.
+        ValueError: A number is out of range, the sampler has ids that the source hasn't, or it
+            deals no pairs and the policy mixes.
         ConfigError: DALI is asked for and not installed.
     """
 
@@ -111,6 +112,12 @@ class Loader:
             )
         if on_error not in ("raise", "skip", "replace"):
             raise ValueError(f"Loader needs on_error raise, skip or replace, got {on_error!r}.")
+        chosen = None if policy is None else get_policy(policy)
+        if chosen is not None and chosen.mixes and not sampler.pairs:
+            raise ValueError(
+                "Loader needs a sampler with pairs=True for a policy that mixes two images; without"
+                " partners it would mix none."
+            )
         self.source = source
         self.sampler = sampler
         self.failures: dict[int, Failure] = {}
@@ -118,7 +125,7 @@ class Loader:
         self._place = _places(source, sampler)
         self._size = size
         self._channels = channels
-        self._policy = None if policy is None else get_policy(policy)
+        self._policy = chosen
         self._own_seed = seed
         self._device = torch.device(device)
         self._on_error = on_error

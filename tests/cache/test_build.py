@@ -341,3 +341,14 @@ def test_expectation_is_the_tables_own(make: Any, samples: Samples, tmp_path: Pa
     content = TeacherTable.open(folder).manifest.content
     expected = expectation(samples, "standard", 5)
     assert expected == {part: content[part] for part in ("transform", "data")}
+
+
+def test_samples_that_are_none(samples: Samples) -> None:
+    with pytest.raises(
+        ValueError, match="positions from 0 to 1796 in the pool of images, got 0 to"
+    ):
+        replace(samples, positions=np.arange(150) * 100)
+    with pytest.raises(ValueError, match="labels as whole numbers, got float64"):
+        replace(samples, labels=np.zeros(150))
+    taken = replace(samples, labels=torch.from_numpy(samples.labels))  # type: ignore[arg-type]
+    assert np.array_equal(taken.labels, samples.labels)

@@ -160,10 +160,9 @@ def children(of: int | None = None) -> list[int]:
 
 
 def test_a_restored_seed_is_that_of_the_views(source: Source) -> None:
-    expected = list(Loader(source, Sampler(source.ids, seed=5, batch_size=8), image_size=32,
-                           policy=POLICY, workers=0))  # fmt: skip
-    with Loader(source, Sampler(source.ids, seed=0, batch_size=8), image_size=32, policy=POLICY,
-                workers=2) as other:  # fmt: skip
+    options: dict[str, Any] = {"image_size": 32, "policy": "standard"}
+    expected = list(Loader(source, Sampler(source.ids, seed=5, batch_size=8), workers=0, **options))
+    with Loader(source, Sampler(source.ids, seed=0, batch_size=8), workers=2, **options) as other:
         next(iter(other))
         other.load_state_dict({"seed": 5, "epoch": 0, "position": 0})
         for one, two in zip(expected, other, strict=True):
@@ -280,6 +279,11 @@ def test_full_shared_memory_is_an_error(photographs: Path) -> None:
 def test_refusals(source: Source, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loader(source, **options)
+
+
+def test_refuses_to_mix_without_partners(source: Source) -> None:
+    with pytest.raises(ValueError, match="a sampler with pairs=True for a policy that mixes"):
+        Loader(source, Sampler(source.ids, seed=0, batch_size=8), image_size=32, policy=POLICY)
 
 
 def test_refuses_a_sampler_of_other_ids(source: Source) -> None:
