@@ -109,10 +109,9 @@ def draw_batches(
     numbers = _numbers("draw_batches", "sample ids", ids)
     size = checked_size("draw_batches", image_size)
     views: int | Numbers
-    if isinstance(view, (np.ndarray, Tensor)) and view.ndim == 2:
-        view = list(view)
-    if isinstance(view, Sequence) and any(np.ndim(one) for one in view):
-        views = _per_row("views", view, lengths)
+    listed = isinstance(view, Sequence) and any(np.ndim(one) for one in view)
+    if listed or getattr(view, "ndim", 0) == 2:
+        views = _per_row("views", view, lengths)  # type: ignore[arg-type]
     else:
         views = _views("draw_batches", view, (len(lengths),))  # type: ignore[arg-type]
     places = NO_NUMBERS if partners is None else _per_row("partners", partners, lengths)

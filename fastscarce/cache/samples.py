@@ -40,7 +40,7 @@ class Samples:
             given = np.asarray(getattr(self, name))
             if given.dtype.kind not in "iu":
                 raise ValueError(f"Samples needs {name} as whole numbers, got {given.dtype}.")
-            object.__setattr__(self, name, given.astype(np.int64))
+            object.__setattr__(self, name, given.astype(np.int64, copy=False))
         rows = len(self.ids)
         if not rows or len(np.unique(self.ids)) != rows:
             raise ValueError(f"Samples needs one id or more, each once, got {rows} ids.")

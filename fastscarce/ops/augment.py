@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastscarce import _ops  # noqa: F401  loads the kernels
+from fastscarce.ops.tensors import mark_written
 
 __all__ = [
     "PLAN_ROW_BYTES",
@@ -98,9 +99,8 @@ def augment(
         result: Tensor = _augment(images, plan, index, means, deviations, pixels, last, fast)
         return result
     _augment_out(images, plan, index, means, deviations, last, fast, out)
-    if not torch.compiler.is_compiling() and not out.is_inference():
-        # What autograd saved of this memory is stale, and is to be found out.
-        torch.autograd.graph.increment_version(out)
+    if not torch.compiler.is_compiling():
+        mark_written(out)
     return out
 
 

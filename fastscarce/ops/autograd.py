@@ -10,6 +10,7 @@ from torch import Tensor
 from fastscarce import _ops  # noqa: F401  loads the kernels
 from fastscarce.ops import reference
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
+from fastscarce.ops.tensors import mark_written
 
 __all__ = [
     "LOSSES",
@@ -73,9 +74,8 @@ class WriteTo:
         """Loss, gradient, factor."""
         statistics, self.statistics = self.statistics or (None,) * 5, ()
         loss, gradient, factor = self.operator(student, *arguments, self.gradient, *statistics)
-        if self.gradient is not None and not self.gradient.is_inference():
-            # What else was saved of this memory is stale, and autograd is to say so.
-            torch.autograd.graph.increment_version(self.gradient)
+        if self.gradient is not None:
+            mark_written(self.gradient)
         return loss, gradient if self.gradient is None else self.gradient, factor
 
 

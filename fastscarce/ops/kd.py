@@ -31,7 +31,7 @@ from fastscarce.ops.checks import (
 from fastscarce.ops.dist import dist_loss
 from fastscarce.ops.statistics import RowStatistics, empty_statistics, row_statistics
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
-from fastscarce.ops.tensors import require_numbers, require_temperature
+from fastscarce.ops.tensors import of_size_one, require_numbers, require_temperature
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -285,9 +285,8 @@ def kd_loss(
     labels = labels_of(target, loss, student)
     if weight is not None:
         weight = column_of("weight", weight, student).to(torch.float32)
-        if student.dtype == torch.float16 and reduction == "mean" and weight.numel():
-            # A mean is the same for weights of any size; gradients of rows in float16 are not.
-            weight = weight / weight.amax().clamp(min=torch.finfo(torch.float32).tiny)
+        if student.dtype == torch.float16 and reduction == "mean":
+            weight = of_size_one(weight)
     buffer = None
     if (out is not None or reuse_teacher_buffer) and not torch.compiler.is_compiling():
         dense = given if isinstance(teacher, Tensor) else None

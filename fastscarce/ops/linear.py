@@ -11,7 +11,7 @@ from fastscarce.ops.autograd import keeps_graph, refuse_graph
 from fastscarce.ops.checks import check_target, class_weights_of, term_weights
 from fastscarce.ops.kd import kd_loss
 from fastscarce.ops.targets import MixedTarget, MixedTopK, TopK
-from fastscarce.ops.tensors import require_numbers, require_tensor
+from fastscarce.ops.tensors import of_size_one, require_numbers, require_tensor
 
 __all__ = ["linear_kd_loss"]
 
@@ -291,9 +291,8 @@ def linear_kd_loss(
         raise ValueError(f"linear_kd_loss needs memory above 0 MiB, got {memory}.")
     if not features.is_cuda:
         check_target(target, classes, ignore_index, name="linear_kd_loss")
-    if row_weight is not None and features.dtype == torch.float16 and reduction == "mean" and rows:
-        # As in kd_loss: a mean is the same for weights of any size.
-        row_weight = row_weight / row_weight.amax().clamp(min=torch.finfo(torch.float32).tiny)
+    if row_weight is not None and features.dtype == torch.float16 and reduction == "mean":
+        row_weight = of_size_one(row_weight)
     rows_a_chunk = max(least, int(memory * 2**20) // (2 * classes * features.element_size()))
 
     # What the sum over all rows is multiplied by. A number goes into the kernel's own weights, but

@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = [
     "FLOATS",
+    "mark_written",
+    "of_size_one",
     "require_floats",
     "require_numbers",
     "require_temperature",
@@ -80,3 +82,19 @@ def require_temperature(operator: str, temperature: float) -> None:
         raise ValueError(
             f"{operator} needs a temperature of at most {_HOTTEST:g}, got {temperature}."
         )
+
+
+def mark_written(memory: Tensor) -> None:
+    """Tell autograd that a kernel wrote to memory: what was saved of it before is stale."""
+    if not memory.is_inference():
+        torch.autograd.graph.increment_version(memory)
+
+
+def of_size_one(weight: Tensor) -> Tensor:
+    """Weights of rows, float32 ``(rows,)``, the largest 1: means are the same for any size.
+
+    Gradients of rows in float16 are not: small ones would round to zero, large ones overflow.
+    """
+    if not weight.numel():
+        return weight
+    return weight / weight.amax().clamp(min=torch.finfo(torch.float32).tiny)

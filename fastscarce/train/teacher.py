@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,11 @@ def load_teacher(
     sizes: list[int | None] = []
     maps: list[NDArray[np.int64] | None] = []
     for name in names:
-
-        def map_of(known: tuple[str, ...] | int, name: str = name) -> None:
-            maps.append(_class_map(name, known, tuple(classes), config.class_map))
-
-        model, own_size = _network(name, channels, config.teacher_image_size, map_of)
+        model, own_size, class_map = _network(name, channels, tuple(classes), config)
         model = model.to(device).to(memory_format=torch.channels_last)
         models.append(model.eval().requires_grad_(False))
         sizes.append(config.teacher_image_size or own_size)
+        maps.append(class_map)
     if any(not np.array_equal(_as_list(one), _as_list(maps[0])) for one in maps):
         raise DataError(
             f"The teachers {', '.join(names)} know different classes; an ensemble needs the same."
@@ -68,14 +65,11 @@ def load_teacher(
 
 
 def _network(
-    name: str,
-    channels: int,
-    image_size: int | None,
-    look_at: Callable[[tuple[str, ...] | int], None],
-) -> tuple[nn.Module, int | None]:
-    """A network and the side of the images it was trained at.
+    name: str, channels: int, classes: tuple[str, ...], config: TeacherConfig
+) -> tuple[nn.Module, int | None, NDArray[np.int64] | None]:
+    """A network, the side of the images it was trained at, and its class map.
 
-    Its classes' names, or their number, are looked at before weights are fetched from anywhere.
+    Its classes are compared with the data's before weights are fetched from anywhere.
     """
     folder = Path(name.removeprefix(_LOCAL)).expanduser()
     if (folder / "student.safetensors").is_file():
@@ -85,18 +79,18 @@ def _network(
                 f"The teacher in {folder} looks at images of {info.channels} channels, but the data"
                 f" has {channels}; name a teacher of such images."
             )
-        look_at(info.class_names)
-        return model, info.image_size
+        known = _class_map(name, info.class_names, classes, config.class_map)
+        return model, info.image_size, known
     facts = _facts(name, folder)
-    size = image_size or int(facts.get("input_size", (3, 224, 224))[-1])
-    classes, labels = int(facts["num_classes"]), facts.get("label_names")
+    size = config.teacher_image_size or int(facts.get("input_size", (3, 224, 224))[-1])
+    count, labels = int(facts["num_classes"]), facts.get("label_names")
+    class_map = None
     if _is_known(name):
-        look_at(tuple(map(str, labels)) if labels else classes)
+        of = tuple(map(str, labels)) if labels else count
+        class_map = _class_map(name, of, classes, config.class_map)
     # Refuses a name that is not known, with near ones.
-    model = create(
-        name, classes=classes, channels=channels, image_size=size, seed=0, pretrained=True
-    )
-    return model, size
+    model = create(name, classes=count, channels=channels, image_size=size, seed=0, pretrained=True)
+    return model, size, class_map
 
 
 def _facts(name: str, folder: Path) -> dict[str, Any]:

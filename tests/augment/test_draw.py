@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +30,7 @@ from fastscarce.augment import (
     Shift,
     TrivialAugment,
     apply,
-    concatenate,
-    describe,
     draw,
-    draw_batches,
     neighbours,
 )
 from fastscarce.augment.elementary import cosine_sine, exponential
@@ -279,64 +273,6 @@ def test_what_is_drawn_stays_as_it_is() -> None:
     ]
 
 
-@pytest.mark.parametrize("lengths", [[8, 8, 8], [7, 7, 3], [1, 1], [300, 5], [4]])
-def test_several_batches_are_drawn_as_each(lengths: list[int]) -> None:
-    ends = np.cumsum(lengths)
-    batches = [np.arange(end - rows, end) * 31 for rows, end in zip(lengths, ends, strict=True)]
-    for view in (2**32 - 1, np.arange(len(lengths)) + 3):
-        plans = draw_batches("strong+cutmix", batches, view=view, seed=-4, image_size=(33, 20))
-        for plan, ids, one in zip(plans, batches, np.broadcast_to(view, len(lengths)), strict=True):
-            alone = draw("strong+cutmix", ids, view=int(one), seed=-4, image_size=(33, 20))
-            assert np.array_equal(plan.table, alone.table)
-            assert torch.equal(plan.rows, alone.rows)
-            assert torch.equal(plan.partner, torch.from_numpy(neighbours(len(ids))))
-            assert torch.equal(plan.lam, torch.from_numpy(plan.table["lam"].copy()))
-
-
-@pytest.mark.parametrize(
-    ("batches", "view", "message"),
-    [
-        ([], 0, r"batches of one length, the last one's or more, got \[\]"),
-        ([[1, 2], []], 0, r"got \[2, 0\]"),
-        ([[1, 2], [3], [4, 5]], 0, r"got \[2, 1, 2\]"),
-        ([[1], [2, 3]], 0, r"got \[1, 2\]"),
-        ([[[1, 2]]], 0, r"of shape \(rows,\), got \[\(1, 2\)\]"),
-        ([[1, 2], [3, 4]], [0, 1, 2], r"one view number, or one a row \(2\)"),
-        ([[1, 2], [3, 4]], [0, 2**32], "view must be from 0 to 4294967295, got 0 to 4294967296"),
-        ([[1, 2], [3, 4]], [[0, 1], [2, -1]], "view must be from 0 to 4294967295, got -1 to 2"),
-        ([[1, 2], [3, 4]], [[0, 1], [2]], r"views for batches of \[2, 2\], got \[2, 1\]"),
-        ([[1, 2], [3, 4]], [[0, 1], 2], r"views of shape \(rows,\)"),
-        ([[1, 2], [3, 4.5]], 0, "whole numbers that int64 holds, got float64"),
-        ([1, 2], 0, r"of shape \(rows,\), got \[\(\), \(\)\]"),
-        (3, 0, "a list of arrays, one a batch, got int"),
-    ],
-)
-def test_batches_that_are_refused(batches: list[list[int]], view: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        draw_batches("weak", batches, view=view, seed=0, image_size=8)  # type: ignore[arg-type]
-
-
-def test_batches_have_views_and_partners_of_their_own() -> None:
-    """As a stream deals them: batches that span an epoch's end, and rows without a partner."""
-    draws = np.random.default_rng(0)
-    batches = [draws.integers(-(2**62), 2**62, rows) for rows in (9, 9, 4)]
-    views = [draws.integers(0, 2**32, len(batch)) for batch in batches]
-    partners = [draws.integers(0, len(batch), len(batch)) for batch in batches]
-    facts: dict[str, Any] = {"seed": 2, "image_size": 24}
-    plans = draw_batches("strong+cutmix", batches, view=views, partners=partners, **facts)
-    for plan, ids, view, places in zip(plans, batches, views, partners, strict=True):
-        alone = draw("strong+cutmix", ids, view=view, partners=places, **facts)
-        assert np.array_equal(plan.table, alone.table)
-    partners[2][0] = 4
-    for given, message in (
-        (partners, "draw_batches needs partners, 9 places from 0 to 8, got 0 to 8"),
-        (partners[:2], r"partners for batches of \[9, 9, 4\], got \[9, 9\]"),
-        (3, "partners, a list of arrays, one a batch, got int"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            draw_batches("weak", batches, view=0, partners=given, **facts)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("others", [(), (Flip(),), (Jitter(0.3),)])
 def test_randaugment_looked_up_is_randaugment_computed(
@@ -463,68 +399,6 @@ def test_translations_are_whole_pixels_as_torchvision_counts_them(side: int) -> 
         assert set(np.abs(moved).tolist()) == {side // 331 * magnitude * 5.0}
 
 
-def test_views_of_batches_may_be_an_array() -> None:
-    ids, views = np.arange(12).reshape(3, 4), np.arange(12).reshape(3, 4) % 5
-    expected = draw_batches("weak+cutmix", ids, view=list(views), seed=0, image_size=16)
-    for given in (views, torch.from_numpy(views)):
-        plans = draw_batches("weak+cutmix", ids, view=given, seed=0, image_size=16)
-        for one, other in zip(plans, expected, strict=True):
-            assert np.array_equal(one.table, other.table)
-
-
-def test_what_is_no_plan_is_refused() -> None:
-    plan = draw("weak", range(4), view=0, seed=0, image_size=8)
-    calls: list[tuple[Callable[[], object], str]] = [
-        (lambda: concatenate([plan, 3]), "concatenate needs a Plan"),  # type: ignore[list-item]
-        (lambda: describe(plan.table), "describe needs a Plan"),  # type: ignore[arg-type]
-        (lambda: plan.mixed_target([1, 2, 3, 4]), "labels as a tensor"),  # type: ignore[arg-type]
-        (lambda: plan.mixed_topk(torch.zeros(4, 3)), "needs a TopK"),  # type: ignore[arg-type]
-        (lambda: POLICIES["weak"].without("flop"), "without needs steps of flip"),
-    ]
-    for call, message in calls:
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    plan = draw("strong+cutmix", range(9), view=3, seed=2, image_size=(20, 30))
-    plan.save(tmp_path / "plan.npz")
-    back = Plan.load(tmp_path / "plan.npz")
-    assert np.array_equal(back.table, plan.table)
-    assert (back.image_size, back.version) == (plan.image_size, plan.version)
-    (tmp_path / "no.npz").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
-        Plan.load(tmp_path / "no.npz")
-    written = (tmp_path / "plan.npz").read_bytes()
-    for place in range(0, len(written), 7):
-        for bit in (1, 32):
-            damaged = bytearray(written)
-            damaged[place] ^= bit
-            (tmp_path / "no.npz").write_bytes(bytes(damaged))
-            with contextlib.suppress(ValueError):
-                Plan.load(tmp_path / "no.npz")
-    for facts in ("[]", "null", '{"version": 99, "image_size": [20, 30]}',
-                  '{"version": 3, "image_size": [0, -5]}', '{"version": 3, "image_size": "99"}',
-                  "[" * 100_000):  # fmt: skip
-        np.savez(tmp_path / "no.npz", table=plan.table, facts=np.array(facts))
-        with pytest.raises(ValueError, match=r"Plan\.load needs a plan's file"):
-            Plan.load(tmp_path / "no.npz")
-    with pytest.raises(ValueError, match=r"\(No such file or directory\); check the path"):
-        Plan.load(tmp_path / "none.npz")
-
-
-def test_two_views_of_one_call() -> None:
-    pool = torch.randint(0, 256, (8, 16, 16, 3)).byte()
-    weak = draw("weak", range(8), view=0, seed=0, image_size=16)
-    strong = draw("strong+cutmix", range(8), view=1, seed=0, image_size=16)
-    both = apply(concatenate([weak, strong]), pool, index=torch.arange(8).repeat(2))
-    assert torch.equal(both, torch.cat([apply(weak, pool), apply(strong, pool)]))
-    with pytest.raises(ValueError, match="concatenate needs plans of one image size"):
-        concatenate([weak, draw("weak", [1], view=0, seed=0, image_size=17)])
-    with pytest.raises(ValueError, match="concatenate needs"):
-        concatenate([])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -555,41 +429,3 @@ def test_refusals(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         draw("weak", ids, **arguments)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
-
-
-def test_batches_of_any_kind() -> None:
-    ids = np.arange(24).reshape(4, 6)
-    expected = [draw("weak+cutmix", row, view=1, seed=0, image_size=32).table for row in ids]
-    kinds = (ids, torch.from_numpy(ids), list(ids), list(torch.from_numpy(ids)), ids.tolist())
-    for batches in (*kinds, ids.T.copy().T, ids.astype(np.int32)):
-        plans = draw_batches("weak+cutmix", batches, view=1, seed=0, image_size=32)
-        assert len(plans) == 4
-        for plan, table in zip(plans, expected, strict=True):
-            assert np.array_equal(plan.table, table)
-
-
-def test_large_plans_share_memory_with_none_that_is_alive() -> None:
-    ids = np.arange(64 * 600).reshape(64, 600)  # 4.7 MiB of plans
-
-    def drawn(view: int) -> list[Plan]:
-        return draw_batches("randaugment(2, 9)", ids, view=view, seed=0, image_size=32)
-
-    def right(plan: Plan, view: int, batch: int) -> bool:
-        alone = draw("randaugment(2, 9)", ids[batch], view=view, seed=0, image_size=32)
-        return np.array_equal(plan.table, alone.table)
-
-    kept: list[tuple[Plan, int, int]] = []
-    places = set()
-    for view in range(12):
-        plans = drawn(view)
-        places.add(plans[0].rows.untyped_storage().data_ptr())
-        assert all(right(plans[batch], view, batch) for batch in (0, 63))
-        kept = [*kept[-2:], (plans[view], view, view)]  # a plan keeps the memory of all
-        assert all(right(*one) for one in kept)
-    assert len(places) <= 6  # three that are alive, the last one, and two that wait
-
-    def many(first: int) -> bool:
-        return all(right(drawn(view)[7], view, 7) for view in range(first, first + 5))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(many, range(0, 40, 10)))

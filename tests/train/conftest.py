@@ -26,7 +26,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastscarce.cli import main
+from fastscarce.config import DataConfig, RunConfig
 from fastscarce.data import load
+from fastscarce.train.run import open_run
+from fastscarce.train.task import Task, prepare
 
 # Forty labelled images and as many lessons: an epoch is five steps of eight, or two and a half.
 COMMON = {"cpu": True, "threads": 1, "tensorboard": False, "log_every": 1, "test_fraction": 0.85}
@@ -221,3 +224,22 @@ def same_weights() -> Callable[[Outcome, Outcome], bool]:
         return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
     return same
+
+
+@pytest.fixture(scope="module")
+def teacher(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small network that was trained on forty digits."""
+    outcome = command("finetune", tmp_path_factory.mktemp("teacher") / "run", training__steps=60)
+    assert outcome.code == 0, outcome.err
+    folder: Path = outcome.folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
+    """The digits, split and in a pool, for what is called without a command."""
+    out = tmp_path_factory.mktemp("distill") / "run"
+    with redirect_stdout(io.StringIO()):
+        run = open_run(RunConfig(out=str(out), tensorboard=False, cpu=True, threads=1), "distill")
+        yield prepare(run, DataConfig(test_fraction=0.85))
+    run.close()

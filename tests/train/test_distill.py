@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,14 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscarce.augment import CutMix, get_policy
-from fastscarce.cache import Layout, Teacher, TeacherTable, build, decode, pack
+from fastscarce.cache import TeacherTable, decode, pack
 from fastscarce.cli import main
-from fastscarce.config import DataConfig, ModelConfig, RunConfig, StudentConfig, TeacherConfig
+from fastscarce.config import ModelConfig, StudentConfig, TeacherConfig
 from fastscarce.data import StreamBatch, partner_ids
-from fastscarce.errors import DataError, ModelError
 from fastscarce.ops import MixedTopK, TopK, kd_loss
 from fastscarce.train.objectives import SelfTraining, Supervised
-from fastscarce.train.run import open_run
 from fastscarce.train.tables import samples_of
-from fastscarce.train.task import Task, prepare
+from fastscarce.train.task import Task
 from fastscarce.train.teacher import load_teacher
 from fastscarce.train.teaching import Teaching, mixed_rows, with_mixing
 
@@ -40,14 +36,6 @@ def fastscarce(*words: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
     return code, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="module")
-def teacher(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    outcome = command("finetune", tmp_path_factory.mktemp("teacher") / "run", training__steps=60)
-    assert outcome.code == 0, outcome.err
-    folder: Path = outcome.folder
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -294,15 +282,6 @@ def test_presets_train(
     assert [step for stage, step, _ in outcome.losses] == list(range(1, steps + 1))
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
-    out = tmp_path_factory.mktemp("distill") / "run"
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = open_run(RunConfig(out=str(out), tensorboard=False, cpu=True, threads=1), "distill")
-        yield prepare(run, DataConfig(test_fraction=0.85))
-    run.close()
-
-
 def teaching(task: Task, source: Any, **settings: Any) -> Teaching:
     policy = task.pool.policy("standard")
     return Teaching(
@@ -482,35 +461,6 @@ def test_a_step_takes_the_memory_of_the_students(table: Path, task: Task) -> Non
     assert peaks[1] <= peaks[0] + rows * row
 
 
-def test_class_maps_that_make_no_sense(task: Task, teacher: Path, tmp_path: Path) -> None:
-    same = {str(n): str(n) for n in range(10)}
-    path = tmp_path / "map.json"
-    for changed, message in (
-        ({"9": True}, "names True for '9', which is no class"),
-        ({"0": False}, "names False for '0', which is no class"),
-        ({"1": "0"}, "gives the teacher's class '0' to both '0' and '1'; give it to one"),
-        ({"4": []}, "needs an entry for the class '4'"),
-    ):
-        path.write_text(json.dumps({**same, **changed}))
-        with pytest.raises(DataError, match=message):
-            load_teacher(
-                TeacherConfig(teacher=str(teacher), class_map=str(path)),
-                classes=task.images.classes, channels=1, device=torch.device("cpu"),
-            )  # fmt: skip
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="can't be read"):
-        load_teacher(
-            TeacherConfig(teacher=str(teacher), class_map=str(path)),
-            classes=task.images.classes, channels=1, device=torch.device("cpu"),
-        )  # fmt: skip
-    # Before weights are fetched from a network that is not there.
-    with pytest.raises(DataError, match="resnet18 knows other classes"):
-        load_teacher(
-            TeacherConfig(teacher="resnet18"),
-            classes=task.images.classes, channels=1, device=torch.device("cpu"),
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -528,67 +478,3 @@ def test_numbers_of_a_table_that_make_no_sense(words: list[str], message: str) -
     code, _, err = fastscarce("cache", *words)
     assert code == 2
     assert message in err
-
-
-def test_teachers_by_name(task: Task, teacher: Path, tmp_path: Path) -> None:
-    facts: dict[str, Any] = {
-        "classes": task.images.classes, "channels": 1, "device": torch.device("cpu")
-    }  # fmt: skip
-
-    def of(name: str | Path, **changed: Any) -> Teacher:
-        return load_teacher(TeacherConfig(teacher=str(name), **changed), **facts)
-
-    one, both = of(teacher), of(f"{teacher}, {teacher}")
-    assert (len(one.models), len(both.models), one.image_size) == (1, 2, (8,))
-    plan = task.pool.draw(np.arange(6), "eval", 0)
-    index = torch.arange(6)
-    said, twice = (each.logits(plan, task.pool.whole(), index) for each in (one, both))
-    torch.testing.assert_close(twice, said.log_softmax(1))
-
-    turned = tmp_path / "map.yaml"
-    turned.write_text(json.dumps({str(n): [str((n + 1) % 10)] for n in range(10)}))
-    mapped = of(teacher, class_map=str(turned)).logits(plan, task.pool.whole(), index)
-    torch.testing.assert_close(mapped.roll(1, 1), said.log_softmax(1), rtol=1e-4, atol=1e-4)
-
-    import timm
-
-    folder = tmp_path / "timm"
-    folder.mkdir()
-    network = timm.create_model("test_efficientnet", num_classes=12)
-    from timm.models import save_for_hf
-
-    save_for_hf(network, folder, model_config={"num_classes": 12})
-    with pytest.raises(DataError, match=r"knows other classes .12 classes. than the data"):
-        of(f"local-dir:{folder}")
-    twelve = tmp_path / "twelve.json"
-    known = {str(n): n for n in range(10)}
-    twelve.write_text(json.dumps({**known, "9": [9, 11]}))
-    assert of(f"local-dir:{folder}", class_map=str(twelve), teacher_image_size=32).classes == 10
-    for content, message in (
-        ({"0": 1}, "needs an entry for the class '1'"),
-        ({**known, "9": 12}, "names 12 for '9', which is no class"),
-        ([1], "needs a mapping"),
-    ):
-        twelve.write_text(json.dumps(content))
-        with pytest.raises(DataError, match=message):
-            of(f"local-dir:{folder}", class_map=str(twelve))
-    with pytest.raises(ModelError, match="is unknown; near names are"):
-        of("small_cnnn")
-
-
-def test_a_table_of_several_teachers_and_half_precision(
-    task: Task, teacher: Path, tmp_path: Path
-) -> None:
-    config = TeacherConfig(teacher=f"{teacher},{teacher}", teacher_precision="bfloat16")
-    loaded = load_teacher(
-        config, classes=task.images.classes, channels=1, device=torch.device("cpu")
-    )
-    samples = samples_of(task.images, task.split, task.pool)
-    settings: dict[str, Any] = {"policy": "weak", "seed": 1, "k": 10}
-    built = build(loaded, samples, tmp_path / "a", views=1, **settings)
-    full = build(replace(loaded, precision="float32"), samples, tmp_path / "b", views=1, **settings)
-    with TeacherTable.open(built.folder) as half, TeacherTable.open(full.folder) as whole:
-        assert half.manifest.content["teacher"]["precision"] == "bfloat16"
-        assert half.layout == Layout(10, 10)
-        a, b = (x.rows(samples.ids, 0).log_probs.float().exp() for x in (half, whole))
-    assert 0.0 < float((a - b).abs().max()) < 0.1
